@@ -1,0 +1,22 @@
+"""Every seam into verl, sglang, megatron-core and mbridge: one file a seam.
+
+A patch file defines `SEAM`, a :class:`tlt_verl.patches.seam.Seam`. It says which versions it was written for, which
+upstream names it relies on, and how it is installed. `all_seams` is what `tlt-verl doctor` and the contract tests walk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tlt_verl.patches.seam import Seam
+
+_PREFIXES = ("verl_", "sglang_", "megatron_", "mbridge_")
+
+
+def all_seams() -> list[Seam]:
+    """Every seam of this package, ordered by file name. Imports the patch files, not their targets."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(_PREFIXES))
+    return [importlib.import_module(f"{__name__}.{name}").SEAM for name in names]

@@ -1,0 +1,125 @@
+"""What a seam into an upstream package is, how it is checked, and how it is installed.
+
+Knows nothing of any particular upstream package. A seam that does not fit raises `SeamError`: it names the seam, what
+was looked for, what was found, and the versions that the patch was written for. Nothing is ever half-installed: all
+targets are checked before `install` runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from packaging.specifiers import SpecifierSet
+
+
+class SeamError(RuntimeError):
+    """An upstream package does not have what a patch was written for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One upstream name that a seam relies on.
+
+    Args:
+        path: `module:attribute.path`, for instance `sglang.srt.speculative.eagle_utils:eagle_sample`.
+        parameters: names that the callable must accept, in any order; empty means that only existence is checked.
+        source_contains: text that must stand in the source of the target; for a patch that depends on a line inside.
+    """
+
+    path: str
+    parameters: tuple[str, ...] = ()
+    source_contains: tuple[str, ...] = ()
+
+    def problem(self) -> str | None:
+        """Why the target does not fit, or None when it does."""
+        module_name, _, attributes = self.path.partition(":")
+        try:
+            found = importlib.import_module(module_name)
+        except ImportError as error:
+            return f"module {module_name} cannot be imported ({error})"
+        for name in attributes.split(".") if attributes else ():
+            if not hasattr(found, name):
+                return f"{self.path} is gone: {name!r} not found"
+            found = getattr(found, name)
+        return self._parameter_problem(found) or self._source_problem(found)
+
+    def _parameter_problem(self, found: object) -> str | None:
+        if not self.parameters:
+            return None
+        accepted = inspect.signature(inspect.unwrap(found)).parameters  # type: ignore[arg-type]
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+            return None
+        missing = [name for name in self.parameters if name not in accepted]
+        return f"{self.path} no longer takes {', '.join(missing)}" if missing else None
+
+    def _source_problem(self, found: object) -> str | None:
+        if not self.source_contains:
+            return None
+        source = inspect.getsource(inspect.unwrap(found))  # type: ignore[arg-type]
+        missing = [text for text in self.source_contains if text not in source]
+        return f"{self.path} no longer contains {missing[0]!r}" if missing else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """One place where this project reaches into an upstream package.
+
+    Args:
+        name: short and unique, `package.what`, for instance `sglang.eagle_sample`.
+        package: the distribution whose version decides, for instance `sglang`.
+        versions: a PEP 440 specifier of the versions that the patch was written for and tested with.
+        targets: every upstream name that the patch relies on.
+        why: one sentence; `tlt-verl doctor` prints it.
+        install: applies the patch. Called once a process, after `check`.
+    """
+
+    name: str
+    package: str
+    versions: str
+    targets: tuple[Target, ...]
+    why: str
+    install: Callable[[], None] = field(repr=False)
+
+    def problems(self) -> list[str]:
+        """Everything that does not fit: the package's version, then each target."""
+        try:
+            version = importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return [f"{self.package} is not installed"]
+        found = []
+        if not SpecifierSet(self.versions).contains(version, prereleases=True):
+            found.append(f"{self.package} {version} is outside the tested range {self.versions}")
+        return found + [problem for target in self.targets if (problem := target.problem())]
+
+    def check(self) -> None:
+        """Raise `SeamError` unless the package's version and every target fit."""
+        if problems := self.problems():
+            raise SeamError(
+                f"seam {self.name} does not fit: {'; '.join(problems)}. It was written for {self.package} {self.versions} "
+                f"({self.why}) Install that version, or run `tlt-verl doctor` to see every seam."
+            )
+
+
+_installed: set[str] = set()
+
+
+def install(seam: Seam) -> None:
+    """Check a seam and install it, once a process.
+
+    Raises:
+        SeamError: a target or a version does not fit; nothing was changed.
+    """
+    if seam.name in _installed:
+        return
+    seam.check()
+    seam.install()
+    _installed.add(seam.name)
+
+
+def is_installed(name: str) -> bool:
+    """Whether the seam of this name was installed in this process."""
+    return name in _installed

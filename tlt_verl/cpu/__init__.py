@@ -1,0 +1,1 @@
+"""What makes a machine without accelerators a device like any other."""

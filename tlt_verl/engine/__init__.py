@@ -1,0 +1,1 @@
+"""Inside SGLang's scheduler: the algorithm TLT, its worker, exact verification."""

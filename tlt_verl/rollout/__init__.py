@@ -1,0 +1,1 @@
+"""verl's side: replica, server, weight adapter, step metrics."""
