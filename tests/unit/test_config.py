@@ -1,0 +1,163 @@
+"""The options: defaults, types, ranges, and what each mistake says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tlt_verl.config import PREFIX, ConfigError, Strategy, TLTConfig, load_config, options
+
+YAML = Path(__file__).parents[2] / "configs" / "tlt.yaml"
+
+
+def message(node: object, **kwargs: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(node, **kwargs)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+# --- defaults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", [None, {}, {"drafter": None}, OmegaConf.create({}), OmegaConf.create(None)])
+def test_nothing_given_means_the_defaults(node):
+    assert load_config(node) == TLTConfig()
+
+
+def test_the_yaml_file_holds_every_default():
+    text = OmegaConf.to_container(OmegaConf.load(YAML))
+    assert text == OmegaConf.to_container(OmegaConf.structured(TLTConfig))
+    assert load_config(OmegaConf.load(YAML)) == TLTConfig()
+
+
+def test_every_key_of_the_yaml_file_has_a_comment_above_it():
+    lines = YAML.read_text().splitlines()
+    keys = [i for i, line in enumerate(lines) if line.startswith("  ") and ":" in line and "#" not in line]
+    assert len(keys) == len(list(options()))
+    assert all(lines[i - 1].strip().startswith("#") for i in keys)
+
+
+def test_every_option_has_help():
+    assert [key for key, _ in options()] == ["drafter.path", "drafter.algorithm", "strategy.arms", "debug.fingerprint"]
+    for key, item in options():
+        assert item.metadata["help"] and item.metadata["takes"], key
+
+
+def test_defaults_are_not_shared():
+    load_config(None).strategy.arms.append("off")
+    assert load_config(None).strategy.arms == ["eagle:3x1@4"]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+GIVEN = {"drafter": {"path": "/models/drafter"}, "strategy": {"arms": ["eagle:5x4@16"]}, "debug": {"fingerprint": True}}
+
+
+@pytest.mark.parametrize("node", [GIVEN, OmegaConf.create(GIVEN), {k: OmegaConf.create(v) for k, v in GIVEN.items()}])
+def test_values_are_read_from_dicts_and_omegaconf(node):
+    config = load_config(node)
+    assert (config.drafter.path, config.drafter.algorithm) == ("/models/drafter", "eagle")
+    assert config.strategy.parsed() == (Strategy("eagle", 5, 4, 16),)
+    assert config.debug.fingerprint is True
+
+
+def test_interpolations_into_the_outer_configuration_are_resolved():
+    outer = OmegaConf.create({"home": "/data", "tlt": {"drafter": {"path": "${home}/drafter"}}})
+    assert load_config(outer.tlt).drafter.path == "/data/drafter"
+
+
+@pytest.mark.parametrize("text", ["strategy: {arms: [off]}", "strategy: {arms: ['off']}"])
+def test_off_in_yaml_is_the_strategy_off_with_and_without_quotes(text):
+    assert load_config(OmegaConf.create(text)).strategy.parsed() == (Strategy("off"),)
+
+
+def test_an_override_on_hydras_command_line_reads_as_written():
+    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    value = parser.parse_override("+strategy.arms=[eagle:3x2@6]").value()
+    assert load_config({"strategy": {"arms": value}}).strategy.parsed() == (Strategy("eagle", 3, 2, 6),)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("node", "parts"),
+    [
+        ({"drafter": {"pth": "x"}}, ["drafter.pth", "'x'", "path, algorithm", f"Did you mean {PREFIX}.drafter.path?"]),
+        ({"drafters": {"path": "x"}}, [f"{PREFIX}.drafters:", "drafter, strategy, debug", f"mean {PREFIX}.drafter?"]),
+        ({"fingerprint": True}, [f"{PREFIX}.fingerprint:", "Did you mean the option debug.fingerprint?"]),
+        ({"zzz": 1}, [f"{PREFIX}.zzz: unknown key (got 1)"]),
+        ({7: 1}, [f"{PREFIX}.7: unknown key"]),
+        ({"drafter": "x"}, [f"{PREFIX}.drafter: got 'x'", "section", "path, algorithm"]),
+        ("x", [f"{PREFIX}: got 'x'", "section"]),
+        ({"drafter": {"path": 3}}, [f"{PREFIX}.drafter.path: got 3 (int)", "path of a folder, or null"]),
+        ({"drafter": {"path": ""}}, ["drafter.path: got ''", "null"]),
+        ({"drafter": {"path": "???"}}, [PREFIX, "cannot be read"]),
+        ({"drafter": {"algorithm": None}}, ["drafter.algorithm: got None", "takes eagle"]),
+        ({"drafter": {"algorithm": "eagle3"}}, ["drafter.algorithm: got 'eagle3'", "not available", "takes eagle"]),
+        ({"drafter": {"algorithm": "eagel"}}, ["drafter.algorithm: got 'eagel'", "Did you mean eagle?"]),
+        ({"debug": {"fingerprint": 1}}, ["debug.fingerprint: got 1 (int)", "true or false"]),
+        ({"debug": {"fingerprint": "yes"}}, ["debug.fingerprint: got 'yes' (str)", "true or false"]),
+        ({"strategy": {"arms": "eagle:3x1@4"}}, ["strategy.arms: got 'eagle:3x1@4' (str)", "a list of one strategy"]),
+        ({"strategy": {"arms": [3]}}, ["strategy.arms: got [3] (list)", "a list of one strategy"]),
+        ({"strategy": {"arms": []}}, ["strategy.arms: got 0 arms", "exactly one"]),
+        ({"strategy": {"arms": ["off", "eagle:3x1@4"]}}, ["strategy.arms: got 2 arms", "exactly one"]),
+        ({"strategy": {"arms": ["eagle-3"]}}, ["strategy.arms: got 'eagle-3'", "<num_steps>x<topk>", "or off"]),
+        ({"strategy": {"arms": ["eagle:0x1@1"]}}, ["strategy.arms: got 'eagle:0x1@1'", "num_steps is 0"]),
+        ({"strategy": {"arms": ["ngram:8x1@9"]}}, ["strategy.arms: got 'ngram:8x1@9'", "not available"]),
+        ({"strategy": {"arms": ["eagel:3x1@4"]}}, ["strategy.arms", "'eagel'", "eagle, ngram, off"]),
+    ],
+)
+def test_a_mistake_names_the_key_the_value_and_what_is_taken(node, parts):
+    text = message(node)
+    assert all(part in text for part in parts), text
+
+
+def test_an_interpolation_that_leads_nowhere_names_the_node():
+    assert message(OmegaConf.create({"drafter": {"path": "${nowhere}"}})).startswith(f"{PREFIX}: cannot be read")
+
+
+def test_the_prefix_is_the_callers():
+    assert message({"debug": 1}, prefix="tlt").startswith("tlt.debug: got 1")
+
+
+# --- strategies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["off", "eagle:3x1@4", "eagle:1x1@2", "eagle:1x8@9", "eagle:6x4@24", "ngram:8x1@9"])
+def test_a_strategy_is_written_as_it_is_read(text):
+    assert str(Strategy.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("eagle:3x0@4", "topk is 0"),
+        ("eagle:3x1@3", "takes 4"),
+        ("eagle:3x1@5", "takes 4"),
+        ("eagle:3x2@3", "takes 4 to 11"),
+        ("eagle:3x2@12", "takes 4 to 11"),
+        ("eagle:3x2", "takes eagle:<num_steps>"),
+        ("eagle:-3x2@4", "takes eagle:<num_steps>"),
+        ("EAGLE:3x1@4", "takes eagle:<num_steps>"),
+        ("off:1x1@2", "no numbers"),
+        ("", "takes eagle:<num_steps>"),
+    ],
+)
+def test_a_strategy_that_is_no_tree_is_refused(text, part):
+    with pytest.raises(ConfigError, match=r"^got ") as error:
+        Strategy.parse(text)
+    assert part in str(error.value) and repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize(("num_steps", "topk"), [(1, 1), (1, 5), (3, 2), (4, 3)])
+def test_the_largest_tree_is_counted_as_it_grows(num_steps, topk):
+    sizes = [1, topk] + [topk * topk] * (num_steps - 1)  # the root, then what each step proposes
+    assert Strategy("eagle", num_steps, topk, sum(sizes)).largest_tree == sum(sizes)
+
+
+def test_a_strategy_is_a_value():
+    assert Strategy.parse("eagle:3x1@4") == Strategy("eagle", 3, 1, 4)
+    assert len({Strategy("off"), Strategy("off")}) == 1

@@ -1,0 +1,268 @@
+"""Every option of the plugin: its type, its default, what it means and what it takes. The one place of defaults.
+
+The options live in verl's configuration under `actor_rollout_ref.rollout.custom.tlt`. This module reads that node and
+nothing else: it knows neither verl nor sglang nor torch, loads no model and touches no file, so a mistake is reported
+before anything is started. Only options that code reads are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PREFIX = "actor_rollout_ref.rollout.custom.tlt"
+
+ALGORITHMS = ("eagle",)
+"""The drafters' algorithms that this version runs."""
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used. The message names the full key, the value it got, and what it takes."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How one batch is drafted, written `eagle:<num_steps>x<topk>@<num_draft_tokens>` or `off`.
+
+    Args:
+        drafter: `eagle` (the trained drafter), `ngram` (model-free) or `off` (no speculation; the numbers are 0).
+        num_steps: depth of the tree of drafts; the drafter runs this many times for one verification.
+        topk: branches that each drafted token is followed by; 1 drafts a chain.
+        num_draft_tokens: tokens that the target verifies at once, the last accepted one (the root) included.
+
+    Raises:
+        ConfigError: the numbers do not describe a tree.
+    """
+
+    DRAFTERS: ClassVar[tuple[str, ...]] = ("eagle", "ngram", "off")
+    TAKES: ClassVar[str] = "eagle:<num_steps>x<topk>@<num_draft_tokens>, for instance eagle:3x1@4, or off"
+
+    drafter: str
+    num_steps: int = 0
+    topk: int = 0
+    num_draft_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            written = f"{self.drafter}:{self.num_steps}x{self.topk}@{self.num_draft_tokens}"
+            raise ConfigError(f"got {written!r}: {problem}")
+
+    def __str__(self) -> str:
+        if self.drafter == "off":
+            return "off"
+        return f"{self.drafter}:{self.num_steps}x{self.topk}@{self.num_draft_tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """The strategy that `str` would write as `text`.
+
+        Raises:
+            ConfigError: `text` is not of that form, or its numbers do not describe a tree.
+        """
+        if text == "off":
+            return cls("off")
+        match = re.fullmatch(r"([a-z]+):(\d+)x(\d+)@(\d+)", text)
+        if match is None:
+            raise ConfigError(f"got {text!r}: takes {cls.TAKES}")
+        return cls(match[1], int(match[2]), int(match[3]), int(match[4]))
+
+    @property
+    def largest_tree(self) -> int:
+        """Tokens in the full tree: the root, topk at the first step, topk² at each later one."""
+        return 1 + self.topk + (self.num_steps - 1) * self.topk**2
+
+    def _problem(self) -> str | None:
+        """What is wrong with the numbers, or None."""
+        if self.drafter not in self.DRAFTERS:
+            return f"drafter {self.drafter!r}; takes one of {', '.join(self.DRAFTERS)}"
+        if self.drafter == "off":
+            return "off has no numbers" if (self.num_steps, self.topk, self.num_draft_tokens) != (0, 0, 0) else None
+        if self.num_steps < 1:
+            return f"num_steps is {self.num_steps}; takes 1 or more (write off for no speculation)"
+        if self.topk < 1:
+            return f"topk is {self.topk}; takes 1 or more"
+        low, high = self.num_steps + 1, self.largest_tree
+        if not low <= self.num_draft_tokens <= high:
+            takes = f"{low}, as a chain drafts one token a step" if low == high else f"{low} to {high}"
+            return f"num_draft_tokens is {self.num_draft_tokens}; {self.num_steps}x{self.topk} takes {takes}"
+        return None
+
+
+def _about(help: str, takes: str) -> dict[str, str]:
+    """The metadata of an option: what it means, and what it takes (the error message's last words)."""
+    return {"help": help, "takes": takes}
+
+
+@dataclass
+class DrafterConfig:
+    """Which drafter proposes tokens."""
+
+    path: str | None = field(
+        default=None,
+        metadata=_about(
+            "A drafter in SGLang's EAGLE format; it is checked against the target. null: one is made from the target.",
+            "a path of a folder, or null",
+        ),
+    )
+    algorithm: str = field(
+        default="eagle",
+        metadata=_about("The drafter's architecture and layout.", ", ".join(ALGORITHMS)),
+    )
+
+
+@dataclass
+class StrategyConfig:
+    """How much is drafted."""
+
+    arms: list[str] = field(
+        default_factory=lambda: ["eagle:3x1@4"],
+        metadata=_about(
+            "The strategies that may be used. This version takes exactly one.",
+            f"a list of one strategy: {Strategy.TAKES}",
+        ),
+    )
+
+    def parsed(self) -> tuple[Strategy, ...]:
+        """The arms as strategies, in their order."""
+        return tuple(Strategy.parse(text) for text in self.arms)
+
+
+@dataclass
+class DebugConfig:
+    """Checks that cost time and change nothing."""
+
+    fingerprint: bool = field(
+        default=False,
+        metadata=_about(
+            "After each weight sync, compare a fingerprint of every target tensor in the engine with the policy's "
+            "export.",
+            "true or false",
+        ),
+    )
+
+
+@dataclass
+class TLTConfig:
+    """All options. `OmegaConf.structured(TLTConfig)` is the schema with its defaults."""
+
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+
+def options(cls: type = TLTConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every option's dotted key below the prefix, and its dataclass field (`metadata` has `help` and `takes`)."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from options(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, item
+
+
+def load_config(node: Mapping[str, Any] | DictConfig | None, prefix: str = PREFIX) -> TLTConfig:
+    """Read and validate the options. None, and an empty section, mean the defaults.
+
+    Args:
+        node: what stands under `prefix` in the configuration.
+        prefix: the node's full key, for the messages.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value that this version does not take.
+    """
+    config = _build(TLTConfig, _plain(node, prefix), prefix)
+    _check_algorithm(config.drafter.algorithm, f"{prefix}.drafter.algorithm")
+    _check_arms(config.strategy.arms, f"{prefix}.strategy.arms")
+    return config
+
+
+def _plain(node: Any, key: str) -> Any:
+    """`node` without omegaconf's containers, interpolations resolved."""
+    if not isinstance(node, Mapping):
+        return node
+    try:
+        config = node if isinstance(node, DictConfig) else OmegaConf.create(dict(node))
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: cannot be read: {error}") from error
+
+
+_Section = TypeVar("_Section")
+
+
+def _build(cls: type[_Section], node: Any, key: str) -> _Section:
+    """An instance of the section `cls` from plain containers."""
+    if node is None:
+        return cls()
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{key}: got {node!r}, takes a section with the keys {', '.join(_names(cls))}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in node.items():
+        if name not in _names(cls):
+            raise ConfigError(_unknown(cls, str(name), value, key))
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, f"{key}.{name}")
+        else:
+            values[name] = _typed(_field(cls, name), hints[name], value, f"{key}.{name}")
+    return cls(**values)
+
+
+def _names(cls: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(cls)]
+
+
+def _field(cls: type, name: str) -> dataclasses.Field:
+    return next(item for item in dataclasses.fields(cls) if item.name == name)
+
+
+def _unknown(cls: type, name: str, value: Any, key: str) -> str:
+    """The message for an unknown key: a near miss in its section first, then anywhere."""
+    message = f"{key}.{name}: unknown key (got {value!r}); {key} takes {', '.join(_names(cls))}."
+    if near := difflib.get_close_matches(name, _names(cls), n=1):
+        return f"{message} Did you mean {key}.{near[0]}?"
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted, _ in options()}
+    if near := difflib.get_close_matches(name, leaves, n=1):
+        return f"{message} Did you mean the option {leaves[near[0]]}?"
+    return message
+
+
+def _typed(item: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
+    """`value` if it has exactly the option's type: a number is not a string here, and 1 is not true."""
+    if hint == list[str]:
+        # YAML 1.1 reads an unquoted off as false: in a list of strategies it can mean nothing else
+        value = ["off" if entry is False else entry for entry in value] if isinstance(value, list | tuple) else value
+        fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    else:
+        fits = isinstance(value, hint)
+    if not fits or value == "":
+        raise ConfigError(f"{key}: got {value!r} ({type(value).__name__}), takes {item.metadata['takes']}")
+    return value
+
+
+def _check_algorithm(value: str, key: str) -> None:
+    if value == "eagle3":
+        raise ConfigError(f"{key}: got 'eagle3', which is not available in this version; takes {', '.join(ALGORITHMS)}")
+    if value not in ALGORITHMS:
+        near = difflib.get_close_matches(value, ALGORITHMS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}: got {value!r}, takes {', '.join(ALGORITHMS)}.{hint}")
+
+
+def _check_arms(arms: list[str], key: str) -> None:
+    if len(arms) != 1:
+        raise ConfigError(f"{key}: got {len(arms)} arms {arms}; this version takes exactly one, such as [eagle:3x1@4]")
+    try:
+        strategy = Strategy.parse(arms[0])
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    if strategy.drafter == "ngram":
+        raise ConfigError(f"{key}: got {arms[0]!r}: ngram is not available in this version; takes {Strategy.TAKES}")
