@@ -1,7 +1,8 @@
 """Every seam into verl, sglang, megatron-core and mbridge: one file a seam.
 
 A patch file defines `SEAM`, a :class:`tlt_verl.patches.seam.Seam`. It says which versions it was written for, which
-upstream names it relies on, and how it is installed. `all_seams` is what `tlt-verl doctor` and the contract tests walk.
+upstream names it relies on, and how it is installed. A patch knows nothing of the rest of this project: what it puts in place
+is handed to it by `tlt_verl.plugin`. `all_seams` is what `tlt-verl doctor` and the contract tests walk.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
@@ -74,7 +75,7 @@ class Seam:
         versions: a PEP 440 specifier of the versions that the patch was written for and tested with.
         targets: every upstream name that the patch relies on.
         why: one sentence; `tlt-verl doctor` prints it.
-        install: applies the patch. Called once a process, after `check`.
+        install: applies the patch; takes the parts of ours that it puts in place. Called once a process, after `check`.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Seam:
     versions: str
     targets: tuple[Target, ...]
     why: str
-    install: Callable[[], None] = field(repr=False)
+    install: Callable[..., None] = field(repr=False)
 
     def problems(self) -> list[str]:
         """Everything that does not fit: the package's version, then each target."""
@@ -107,8 +108,8 @@ class Seam:
 _installed: set[str] = set()
 
 
-def install(seam: Seam) -> None:
-    """Check a seam and install it, once a process.
+def install(seam: Seam, *parts: Any) -> None:
+    """Check a seam and install it with the parts of ours that it puts in place, once a process.
 
     Raises:
         SeamError: a target or a version does not fit; nothing was changed.
@@ -116,7 +117,7 @@ def install(seam: Seam) -> None:
     if seam.name in _installed:
         return
     seam.check()
-    seam.install()
+    seam.install(*parts)
     _installed.add(seam.name)
 
 
