@@ -103,11 +103,10 @@ def test_only_the_last_layer_and_the_final_norm_are_read(tmp_path, monkeypatch):
 # --- the start ------------------------------------------------------------------------------------------------------
 
 
-def scale_of(model, drafter: ReferenceDrafter) -> float:
+def scale_of(model, drafter: ReferenceDrafter, writer: str) -> float:
     """r: what the layer's writers were divided by, beside the final norm."""
-    w = model.model.norm.weight
-    written = (model.model.layers[-1].self_attn.o_proj.weight * w[:, None]).norm()
-    return (written / drafter.tensors["layers.0.self_attn.o_proj.weight"].norm()).item()
+    written = model.model.layers[-1].get_submodule(writer).weight * model.model.norm.weight[:, None]
+    return (written.norm() / drafter.tensors[f"layers.0.{writer}.weight"].norm()).item()
 
 
 @torch.no_grad()
@@ -123,18 +122,23 @@ def last_layer(model, stream: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "options"), [("llama", {}), ("llama", {"attention_bias": True}), ("qwen2", {})], ids=str
 )
-@pytest.mark.parametrize("exact_in", ["a constant final norm", "attention alone"])
+@pytest.mark.parametrize("exact_in", ["a constant final norm", "attention alone", "mlp alone"])
 def test_the_fold_is_the_last_layer_in_the_basis_of_the_features(tmp_path, family, options, exact_in):
     model = make_target(family, rms_norm_eps=1e-9, **options)
-    with torch.no_grad():
-        if exact_in == "attention alone":  # then the fold is exact for any final norm
-            model.model.layers[-1].mlp.down_proj.weight.zero_()
-        else:
-            model.model.norm.weight.fill_(1.7)
-    drafter = ReferenceDrafter(made(tmp_path, model))
-    w, r = model.model.norm.weight.detach(), scale_of(model, drafter)
-
+    attention_writes, mlp_writes = "self_attn.o_proj", "mlp.down_proj"
     direction = F.rms_norm(torch.randn(1, 12, 32), (32,))
+    with torch.no_grad():
+        if exact_in == "a constant final norm":
+            model.model.norm.weight.fill_(1.7)
+        else:  # each branch alone is exact for any final norm; the MLP where the feature's rms is the norm's
+            dead = mlp_writes if exact_in == "attention alone" else attention_writes
+            for parameter in model.model.layers[-1].get_submodule(dead).parameters():
+                parameter.zero_()
+            direction = direction if exact_in == "attention alone" else direction.sign()
+    drafter = ReferenceDrafter(made(tmp_path, model))
+    w = model.model.norm.weight.detach()
+    r = scale_of(model, drafter, mlp_writes if exact_in == "mlp alone" else attention_writes)
+
     found = drafter(torch.randn(1, 12, 32), direction * w)
     torch.testing.assert_close(found, last_layer(model, direction * r) * w / r, rtol=1e-4, atol=1e-5)
 
@@ -171,6 +175,9 @@ def test_a_layer_that_was_copied_as_it_is_would_drown_the_feature(tmp_path):
 
 def test_the_norms_of_qwen3_become_constants_of_the_same_size(tmp_path):
     model = make_target("qwen3")
+    with torch.no_grad():  # so that only the norms can bring them to their size
+        model.model.layers[-1].self_attn.q_proj.weight.mul_(10)
+        model.model.layers[-1].self_attn.k_proj.weight.mul_(0.1)
     drafter = ReferenceDrafter(made(tmp_path, model))
     features = torch.randn(512, 32) * model.model.norm.weight.detach()
     for name in ("q", "k"):

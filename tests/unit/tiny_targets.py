@@ -59,7 +59,7 @@ class ReferenceDrafter:
         self.tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
 
     def __call__(self, embeddings: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The next features (B, T, H), from features (B, T, H) and the embeddings (B, T, H) of the tokens behind them."""
+        """The next features from the features and the embeddings of the tokens behind them, (B, T, H) each."""
         x = self._linear("fc", torch.cat([embeddings, features], dim=-1))
         y = x + self._attention(x)
         normed = F.rms_norm(
