@@ -1,8 +1,8 @@
 """Every seam into verl, sglang, megatron-core and mbridge: one file a seam.
 
 A patch file defines `SEAM`, a :class:`tlt_verl.patches.seam.Seam`. It says which versions it was written for, which
-upstream names it relies on, and how it is installed. A patch knows nothing of the rest of this project: what it puts in place
-is handed to it by `tlt_verl.plugin`. `all_seams` is what `tlt-verl doctor` and the contract tests walk.
+upstream names it relies on, and how it is installed. A patch knows nothing of the rest of this project: what it puts in
+place is handed to it by `tlt_verl.plugin`. `all_seams` is what `tlt-verl doctor` and the contract tests walk.
 """
 
 from __future__ import annotations
@@ -21,3 +21,17 @@ def all_seams() -> list[Seam]:
     """Every seam of this package, ordered by file name. Imports the patch files, not their targets."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(_PREFIXES))
     return [importlib.import_module(f"{__name__}.{name}").SEAM for name in names]
+
+
+def check_versions() -> None:
+    """Raise `SeamError` unless every package that a seam reaches into is installed in its tested version.
+
+    Compares versions only: no upstream module is imported.
+    """
+    from tlt_verl.patches.seam import SeamError
+
+    problems = sorted({problem for seam in all_seams() if (problem := seam.version_problem())})
+    if problems:
+        raise SeamError(
+            f"{'; '.join(problems)}. Install a tested version (requirements/), or run `tlt-verl doctor` for all of them."
+        )

@@ -1,7 +1,7 @@
 """Hooks through SGLang's own `HookRegistry`, with what it lacks: proof that each hook took.
 
-SGLang logs a hook that could not be applied and goes on. `assert_applied` is called where the algorithm TLT is about to be
-used, and raises instead. Knows SGLang's plugin interface; knows no particular hook.
+SGLang logs a hook that could not be applied and goes on. `assert_applied` is called where the algorithm TLT is about to
+be used, and raises instead. Knows SGLang's plugin interface; knows no particular hook.
 """
 
 from __future__ import annotations

@@ -85,16 +85,20 @@ class Seam:
     why: str
     install: Callable[..., None] = field(repr=False)
 
-    def problems(self) -> list[str]:
-        """Everything that does not fit: the package's version, then each target."""
+    def version_problem(self) -> str | None:
+        """Why the installed version does not fit, or None when it does."""
         try:
             version = importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
-            return [f"{self.package} is not installed"]
-        found = []
-        if not SpecifierSet(self.versions).contains(version, prereleases=True):
-            found.append(f"{self.package} {version} is outside the tested range {self.versions}")
-        return found + [problem for target in self.targets if (problem := target.problem())]
+            return f"{self.package} is not installed (tested: {self.versions})"
+        if SpecifierSet(self.versions).contains(version, prereleases=True):
+            return None
+        return f"{self.package} {version} is outside the tested range {self.versions}"
+
+    def problems(self) -> list[str]:
+        """Everything that does not fit: the package's version, then each target."""
+        version = self.version_problem()
+        return [version] * (version is not None) + [p for target in self.targets if (p := target.problem())]  # type: ignore[list-item]
 
     def check(self) -> None:
         """Raise `SeamError` unless the package's version and every target fit."""

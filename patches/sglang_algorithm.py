@@ -13,7 +13,9 @@ from tlt_verl.patches.seam import Seam, Target
 _WORKER = "sglang.srt.speculative.eagle_worker_v2"
 
 
-def _install(name: str, spec_class: type, validate_server_args: Callable[..., None], worker: Callable[..., type]) -> None:
+def _install(
+    name: str, spec_class: type, validate_server_args: Callable[..., None], worker: Callable[..., type]
+) -> None:
     """Register `spec_class` under `name`; `worker(server_args)` returns the worker class."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 

@@ -1,9 +1,9 @@
 """Sending tensors between processes on a CPU device, for SGLang's weight update.
 
-SGLang replaces torch's tensor reducer by one that rewrites the device index, argument 6 of a CUDA reduction; a CPU tensor
-reduces to three arguments. Shared memory is named by file, since the sender of a file descriptor would have to outlive
-the receiver. A view is copied first: a reducer sends its whole storage, and a policy's export is a set of views of one
-buffer.
+SGLang replaces torch's tensor reducer by one that rewrites the device index, argument 6 of a CUDA reduction; a CPU
+tensor reduces to three arguments. Shared memory is named by file, since the sender of a file descriptor would have to
+outlive the receiver. A view is copied first: a reducer sends its whole storage, and a policy's export is a set of views
+of one buffer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from tlt_verl.patches.seam import Seam, Target
 
-_MODULE = "sglang.srt.utils.patch_torch"
+MODULE = "sglang.srt.utils.patch_torch"
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,9 +44,9 @@ SEAM = Seam(
     package="sglang",
     versions=">=0.5.17,<0.5.18",
     targets=(
-        Target(path=f"{_MODULE}:_reduce_tensor_modified", source_contains=("_REDUCE_TENSOR_ARG_DEVICE_INDEX",)),
+        Target(path=f"{MODULE}:_reduce_tensor_modified", source_contains=("_REDUCE_TENSOR_ARG_DEVICE_INDEX",)),
         Target(
-            path=f"{_MODULE}:monkey_patch_torch_reductions",
+            path=f"{MODULE}:monkey_patch_torch_reductions",
             source_contains=("reductions.reduce_tensor = _reduce_tensor_modified", "_reduce_tensor_original"),
         ),
     ),

@@ -16,9 +16,7 @@ from tlt_verl.patches.seam import Seam, Target
 _CALCULATE = "sglang.srt.managers.tokenizer_manager:TokenizerManager._calculate_spec_decoding_metrics"
 
 
-def _calculate(
-    original: Callable[..., None], manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int
-) -> None:
+def _calculate(original: Callable[..., None], manager: Any, meta_info: dict[str, Any], recv_obj: Any, i: int) -> None:
     original(manager, meta_info, recv_obj, i)
     meta_info["spec_draft_token_num"] = meta_info.get("spec_num_proposed_drafts", 0)
     meta_info["spec_accept_token_num"] = meta_info.get("spec_num_correct_drafts", 0)

@@ -33,7 +33,10 @@ SEAM = Seam(
         ),
         Target(
             path="sglang.srt.speculative.eagle_worker_common:run_eagle_verify",
-            source_contains=("eagle_sample(verify_input, batch, logits_output, grammar_mask)", "compute_spec_v2_logprobs"),
+            source_contains=(
+                "eagle_sample(verify_input, batch, logits_output, grammar_mask)",
+                "compute_spec_v2_logprobs",
+            ),
         ),
         Target(
             path="sglang.srt.speculative.eagle_utils:verify_tree_greedy_func",
@@ -44,7 +47,9 @@ SEAM = Seam(
             parameters=("probs", "sampling_info", "positions", "simple_sampling_case"),
         ),
         Target(path="sglang.srt.layers.sampler:create_sampler"),
-        Target(path="sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", parameters=("logits",)),
+        Target(
+            path="sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.apply_logits_bias", parameters=("logits",)
+        ),
         Target(path="sglang.srt.utils.async_probe:sanitize_nan_logits"),
     ),
     why="Exact verification at any temperature, top-k, top-p and min-p, on every device.",

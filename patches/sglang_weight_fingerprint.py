@@ -1,7 +1,7 @@
 """SGLang's weight checker, for fingerprints of target and drafter that can be compared with a policy's export.
 
-Stock checksums are of SGLang's own fused tensors and need CUDA. One more action is added, `tlt_fingerprint`; the others go
-to the original.
+Stock checksums are of SGLang's own fused tensors and need CUDA. One more action is added, `tlt_fingerprint`; the others
+go to the original.
 """
 
 from __future__ import annotations

@@ -1,20 +1,118 @@
 """The two entry points: verl's, run when verl is imported, and SGLang's, run in every process of an engine.
 
 This is where the rooms are wired to the patches, which know nothing of them. Both upstream loaders swallow a plugin's
-exceptions. Here a failure is logged at once with its cause, and raised again where the plugin would have been used: a run
-that asks for tlt stops, a run that does not goes on.
+exceptions. Here a failure is logged at once with its cause, and raised again where the plugin would have been used: a
+run that asks for tlt stops, a run that does not goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+    from tlt_verl.patches.seam import Seam
+
 logger = logging.getLogger(__name__)
+
+_failures: list[Exception] = []
+
+
+def verl_plugin() -> None:
+    """Register the rollout backend, and the CPU device when `VERL_PLATFORM=cpu`.
+
+    verl is still being imported when this runs. What touches a module that is not there yet waits for its import.
+    """
+    from tlt_verl.patches import verl_early_validation, verl_rollout_adapter, verl_rollout_replica, verl_step_metrics
+    from tlt_verl.patches.after_import import after_import
+    from tlt_verl.rollout.checks import NAME
+
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        _guarded(_install_cpu_device)
+    _guarded(_install, verl_early_validation.SEAM, check_run)
+    later = (
+        (verl_rollout_replica, (NAME, _replica_class)),
+        (verl_rollout_adapter, (NAME, "tlt_verl.rollout.adapter.TLTAdapter")),
+        (verl_step_metrics, (NAME, _step_metrics)),
+    )
+    for patch, parts in later:
+        after_import(patch.MODULE, partial(_guarded, _install, patch.SEAM, *parts))
+
+
+def _install_cpu_device() -> None:
+    from tlt_verl.cpu.install import install_cpu_device
+    from tlt_verl.patches import sglang_share_cpu_tensors
+    from tlt_verl.patches.after_import import after_import
+
+    install_cpu_device()
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # SGLang decides at import what it runs on
+    after_import(sglang_share_cpu_tensors.MODULE, partial(_install, sglang_share_cpu_tensors.SEAM))
+
+
+def _install(seam: Seam, *parts: Any) -> None:
+    from tlt_verl.patches.seam import install
+
+    install(seam, *parts)
+
+
+def _guarded(step: Callable[..., None], *parts: Any) -> None:
+    """Run a step of the installation; a failure is logged now and raised where tlt is asked for."""
+    try:
+        step(*parts)
+    except Exception as error:
+        _failures.append(error)
+        logger.error("tlt_verl is not available in this process: %s", error, exc_info=True)
+
+
+def raise_failures() -> None:
+    """Raise the first failure of the installation, if there was one."""
+    if _failures:
+        raise RuntimeError(f"tlt_verl could not be installed: {_failures[0]}") from _failures[0]
+
+
+def check_run(config: Any) -> None:
+    """Refuse a run that asks for tlt and cannot have it, before Ray is started. Other runs pass unread.
+
+    Raises:
+        ConfigError, DrafterError, SeamError: names the option, the value and the cure.
+    """
+    from tlt_verl.drafter import check_drafter, check_target
+    from tlt_verl.patches import check_versions
+    from tlt_verl.rollout import checks
+
+    if not checks.asks_for_tlt(config):
+        return
+    raise_failures()
+    check_versions()
+    options = checks.check_run(config)
+    target = checks.target_config(config)
+    (strategy,) = options.strategy.parsed()
+    if target is None or strategy.drafter == "off":
+        return
+    check_target(target)
+    if options.drafter.path is not None:
+        check_drafter(options.drafter.path, target, f"{checks.PREFIX}.drafter.path")
+
+
+def _replica_class() -> type:
+    raise_failures()
+    from tlt_verl.patches import verl_rollout_server
+
+    _install(verl_rollout_server.SEAM)
+    from tlt_verl.rollout.replica import TLTReplica
+
+    return TLTReplica
+
+
+def _step_metrics(responses: Sequence[tuple[dict, int]], generation_s: float) -> dict[str, float]:
+    from tlt_verl.rollout import metrics
+
+    return metrics.step_metrics([metrics.counters(fields, tokens) for fields, tokens in responses], generation_s)
 
 
 def sglang_plugin() -> None:
@@ -23,14 +121,13 @@ def sglang_plugin() -> None:
 
     from tlt_verl.engine import algorithm, fingerprint, verify
     from tlt_verl.patches import sglang_algorithm, sglang_spec_counters, sglang_verify, sglang_weight_fingerprint
-    from tlt_verl.patches.seam import install
 
     if is_cpu():
         _install_sglang_on_cpu()
-    install(sglang_verify.SEAM, verify.eagle_sample)
-    install(sglang_spec_counters.SEAM)
-    install(sglang_weight_fingerprint.SEAM, fingerprint.fingerprints_of)
-    install(sglang_algorithm.SEAM, algorithm.NAME, algorithm.TLTAlgorithm, validate_server_args, _worker_class)
+    _install(sglang_verify.SEAM, verify.eagle_sample)
+    _install(sglang_spec_counters.SEAM)
+    _install(sglang_weight_fingerprint.SEAM, fingerprint.fingerprints_of)
+    _install(sglang_algorithm.SEAM, algorithm.NAME, algorithm.TLTAlgorithm, validate_server_args, _worker_class)
 
 
 def _install_sglang_on_cpu() -> None:
@@ -41,10 +138,9 @@ def _install_sglang_on_cpu() -> None:
         choose_cpu_attention,
     )
     from tlt_verl.patches import sglang_cpu_attention, sglang_share_cpu_tensors
-    from tlt_verl.patches.seam import install
 
-    install(sglang_cpu_attention.SEAM, NAME, CpuAttentionBackend, CpuMultiStepDraftBackend, choose_cpu_attention)
-    install(sglang_share_cpu_tensors.SEAM)
+    _install(sglang_cpu_attention.SEAM, NAME, CpuAttentionBackend, CpuMultiStepDraftBackend, choose_cpu_attention)
+    _install(sglang_share_cpu_tensors.SEAM)
 
 
 def _worker_class(server_args: ServerArgs) -> type:
@@ -67,5 +163,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
 
     hooks.assert_applied()
     algorithm.refuse_inexact(server_args)
-    path = prepare_drafter(server_args.model_path, server_args.speculative_draft_model_path)
+    path = prepare_drafter(
+        server_args.model_path,
+        server_args.speculative_draft_model_path,
+        option="speculative_draft_model_path",
+        target_option="model_path",
+    )
     server_args.speculative_draft_model_path = str(path)
+    if server_args.load_format == "dummy" and server_args.speculative_draft_load_format is None:
+        server_args.speculative_draft_load_format = "auto"  # the policy's weights are synced, the drafter's are not

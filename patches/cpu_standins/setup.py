@@ -1,4 +1,5 @@
-"""Everything stands in setup.cfg; this adds the one file that setuptools has no key for, the .pth at the wheel's top."""
+"""Everything stands in setup.cfg; this adds the one file that setuptools has no key for, the .pth at the wheel's
+top."""
 
 from pathlib import Path
 

@@ -1,8 +1,10 @@
-"""Defines two operators just before torchvision is imported, so that its CUDA build imports beside a CPU build of torch.
+"""Defines two operators just before torchvision is imported, so that its CUDA build imports beside a CPU build of
+torch.
 
-torchvision registers fake implementations for `nms` and `qnms` at import time and fails when its compiled library, which
-would have defined them, cannot be loaded. Only the schemas are defined here: calling either operator still raises.
-Loaded by a .pth file in every interpreter; costs one entry in `sys.meta_path` until torchvision is first imported.
+torchvision registers fake implementations for `nms` and `qnms` at import time and fails when its compiled library,
+which would have defined them, cannot be loaded. Only the schemas are defined here: calling either operator still
+raises. Loaded by a .pth file in every interpreter; costs one entry in `sys.meta_path` until torchvision is first
+imported.
 """
 
 import importlib.abc

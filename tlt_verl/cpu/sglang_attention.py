@@ -1,14 +1,14 @@
 """SGLang attention on a CPU, batched: the backend `tlt_cpu`.
 
-SGLang's own `torch_native` loops over the requests of a batch and has no tree verify and no draft modes. This one gathers
-a batch's keys and values once per layer and calls one scaled-dot-product attention for all of it, in every mode: decode,
-extend (with prefix-cache hits), tree verify, multi-step draft, draft extend. Causal multi-head and grouped-query
-attention; sliding windows, logit caps, cross attention, encoders and MLA are refused by name.
+SGLang's own `torch_native` loops over the requests of a batch and has no tree verify and no draft modes. This one
+gathers a batch's keys and values once per layer and calls one scaled-dot-product attention for all of it, in every
+mode: decode, extend (with prefix-cache hits), tree verify, multi-step draft, draft extend. Causal multi-head and
+grouped-query attention; sliding windows, logit caps, cross attention, encoders and MLA are refused by name.
 
 Knows SGLang's forward modes and pools; knows nothing of the algorithm TLT or of verl.
 
-Legend: B requests, T topk, S draft steps, n query tokens a request, L key/value tokens a request (padded), H query heads,
-K key/value heads, G = H / K query heads that share one, D head size.
+Legend: B requests, T topk, S draft steps, n query tokens a request, L key/value tokens a request (padded), H query
+heads, K key/value heads, G = H / K query heads that share one, D head size.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block:
         return out.transpose(1, 2)
     # Grouped-query attention as more queries of one head, g-major: keys and values are read once, not once a group.
     grouped = query.view(batch, n, -1, shared, query.shape[-1]).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, K, G*n, D]
-    mask = block.mask
-    if isinstance(mask, torch.Tensor) and n > 1 and shared > 1:
+    mask = block.mask if isinstance(block.mask, torch.Tensor) else None
+    if mask is not None and n > 1 and shared > 1:
         mask = mask.repeat(1, 1, shared, 1)
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return out.unflatten(2, (shared, n)).permute(0, 3, 1, 2, 4).reshape(batch, n, heads, -1)
@@ -194,7 +194,7 @@ class CpuAttentionBackend(AttentionBackend):
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Build the blocks of this pass. In verify, `seq_lens` excludes the drafts; in draft extend it includes them."""
+        """Build the blocks of this pass. `seq_lens` excludes the drafts in verify and includes them in draft extend."""
         mode = forward_batch.forward_mode
         if mode.is_idle():
             self.blocks = []
@@ -296,7 +296,14 @@ class CpuMultiStepDraftBackend:
 
 
 def branch_table(rows: torch.Tensor, lengths: torch.Tensor, topk: int, num_steps: int) -> torch.Tensor:
-    """Slots of each branch in sequence order: [B*T, max(lengths) + S], from rows [B, max_context] and lengths int64 [B]."""
+    """Slots of each branch in sequence order.
+
+    Args:
+        rows: [B, max_context] slots of each request; lengths: int64 [B].
+
+    Returns:
+        [B * T, >= max(lengths) + S]
+    """
     if topk == 1:
         return rows
     batch, width = lengths.numel(), int(lengths.max()) + num_steps

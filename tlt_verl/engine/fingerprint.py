@@ -1,4 +1,4 @@
-"""Fingerprints of a model's tensors under their checkpoint names, to compare an engine with a policy's export.
+"""An SGLang model's tensors under their checkpoint names, and their fingerprints.
 
 SGLang fuses projections; a checkpoint does not. `unfused` gives the checkpoint's tensors back as views. Covers what
 tlt_verl serves: dense Llama, Qwen2 and Qwen3 targets at tensor-parallel size 1, and EAGLE drafters made from them.
@@ -6,24 +6,12 @@ tlt_verl serves: dense Llama, Qwen2 and Qwen3 targets at tensor-parallel size 1,
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-
-def fingerprint(tensor: torch.Tensor) -> str:
-    """BLAKE2b of a tensor's dtype, shape and bytes."""
-    host = tensor.detach().cpu().contiguous()
-    digest = hashlib.blake2b(f"{host.dtype}{tuple(host.shape)}".encode(), digest_size=16)
-    digest.update(host.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def fingerprints(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Name -> fingerprint."""
-    return {name: fingerprint(tensor) for name, tensor in named_tensors}
+from tlt_verl.fingerprint import fingerprints
 
 
 def fingerprints_of(model: Any) -> dict[str, str]:
@@ -34,7 +22,8 @@ def fingerprints_of(model: Any) -> dict[str, str]:
 def unfused(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of an SGLang model under their checkpoint names.
 
-    Splits `qkv_proj` and `gate_up_proj`; drops the padding rows of the vocabulary; leaves out a head that is the embedding.
+    Splits `qkv_proj` and `gate_up_proj`; drops the padding rows of the vocabulary; leaves out a head that is the
+    embedding.
     """
     config = model.config
     for name, parameter in model.named_parameters():
@@ -51,8 +40,3 @@ def unfused(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor[: config.vocab_size]
         else:
             yield name, tensor
-
-
-def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    """Names whose fingerprints differ or that only one side has, sorted."""
-    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -22,8 +22,8 @@ _BLOCK = 256
 def inverse_cdf(probs: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
     """Sample a column of each row by inverting its cumulative sum, in two stages: a block of columns, then a column.
 
-    The two stages keep the sums short (so that float32 block sums are exact enough) and touch only one block at float64.
-    A column of probability zero is never returned.
+    The two stages keep the sums short (so that float32 block sums are exact enough) and touch only one block at
+    float64. A column of probability zero is never returned.
 
     Args:
         probs: float32 [R, V], non-negative, every row with a positive sum; need not be normalised.
@@ -32,7 +32,7 @@ def inverse_cdf(probs: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [R]
     """
-    rows, vocab = probs.shape
+    vocab = probs.shape[1]
     whole = vocab // _BLOCK * _BLOCK
     sums = probs[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1).double()
     if whole < vocab:
@@ -68,8 +68,8 @@ def _engine_sampler() -> Any:
 class NodeSampler:
     """Samples tokens for nodes from the target's logits, as the engine would for the same logits without speculation.
 
-    Temperature alone takes `inverse_cdf`; top-k, top-p, min-p and seeds go through the engine's own sampler, so that their
-    order and their ties are the engine's by construction.
+    Temperature alone takes `inverse_cdf`; top-k, top-p, min-p and seeds go through the engine's own sampler, so that
+    their order and their ties are the engine's by construction.
 
     Args:
         logits: [B * N, V] with penalties, biases and grammar applied; not modified.
@@ -94,7 +94,9 @@ class NodeSampler:
         if self._simple and self._info.sampling_seed is None:
             coins = torch.rand(rows.numel(), dtype=torch.float64, device=rows.device)
             return inverse_cdf(probs, coins)
-        tokens = _engine_sampler()._sample_from_probs(probs, self._rows_of(request), self._positions[rows], self._simple)
+        tokens = _engine_sampler()._sample_from_probs(
+            probs, self._rows_of(request), self._positions[rows], self._simple
+        )
         return tokens.view(-1).long()
 
     def _rows_of(self, request: torch.Tensor) -> SamplingBatchInfo:

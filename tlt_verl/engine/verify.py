@@ -1,10 +1,10 @@
 """Exact verification of a tree of drafts, at any temperature, top-k, top-p and min-p, on every device.
 
 The method: at every node that the walk reaches, draw the target's token exactly as the engine would draw it without
-speculation; follow the child that carries that token; stop where there is none and emit the drawn token. What is emitted is
-always the draw itself, and each draw depends on nothing but its own prefix, so the emitted tokens follow the target's
-distribution by construction, whatever was drafted. A draft is accepted with the target's probability of it, which is what
-target-only tree verification (SpecInfer's with certain drafts) reaches too.
+speculation; follow the child that carries that token; stop where there is none and emit the drawn token. What is
+emitted is always the draw itself, and each draw depends on nothing but its own prefix, so the emitted tokens follow the
+target's distribution by construction, whatever was drafted. A draft is accepted with the target's probability of it,
+which is what target-only tree verification (SpecInfer's with certain drafts) reaches too.
 
 What cannot be exact behind a draft (penalties, which change with every token) runs without speculation: such a request
 accepts no draft and draws one token from its root, with the penalties of the tokens before it.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def eagle_sample(
     original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, grammar_mask: Any = None
 ) -> Any:
-    """Stands around SGLang's `eagle_sample`: batches of TLT that stock verification would not judge exactly are ours."""
+    """Stands around SGLang's `eagle_sample` and takes the batches of TLT that stock verification would get wrong."""
     if not is_tlt(batch.spec_algorithm) or stock_is_exact(batch):
         return original(verify_input, batch, logits_output, grammar_mask)
     return sample_and_accept(verify_input, batch, logits_output, grammar_mask)
@@ -59,8 +59,8 @@ def sample_and_accept(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Verify a batch of trees. Same contract as SGLang's `eagle_sample`.
 
-    Biases and grammar are applied to `logits_output.next_token_logits` in place, as stock verification does: the log-probs
-    are computed from it afterwards.
+    Biases and grammar are applied to `logits_output.next_token_logits` in place, as stock verification does: the
+    log-probs are computed from it afterwards.
 
     Returns:
         predict: int32 [B * N], the token drawn at every accepted node.

@@ -53,7 +53,9 @@ def tree_speculative_sampling_target_only(
     for b, (tokens, flat, child, sibling, coins) in enumerate(rows):
         path, refused = [0], []
         while len(path) < most:
-            node, refused = _coin_child(path[-1], tokens, child, sibling, coins, target_probs[b], threshold_single, threshold_acc)
+            node, refused = _coin_child(
+                path[-1], tokens, child, sibling, coins, target_probs[b], threshold_single, threshold_acc
+            )
             if node < 0:
                 break
             path.append(node)

@@ -1,0 +1,57 @@
+"""The metrics of a step in verl's V1 trainer, whatever logger the user chose.
+
+verl fetches counters of speculation only for models with multi-token prediction, and has no hook for a plugin's
+metrics. Installed when verl's trainer is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tlt_verl.patches.seam import Seam, Target
+
+MODULE = "verl.trainer.ppo.v1.trainer_base"
+_COMPUTE = f"{MODULE}:PPOTrainer._compute_metrics"
+
+
+def _install(name: str, step_metrics: Callable[[Sequence[tuple[dict, int]], float], dict[str, float]]) -> None:
+    """Add `step_metrics([(extra_fields, tokens), ...], generation_s)` to each step of a run with rollout `name`."""
+    import transfer_queue
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    original = PPOTrainer._compute_metrics
+
+    @functools.wraps(original)
+    def compute_metrics(self: Any, batch: Any, metrics: dict, timing_raw: dict, *args: Any, **kwargs: Any) -> None:
+        original(self, batch, metrics, timing_raw, *args, **kwargs)
+        if self.config.actor_rollout_ref.rollout.name != name:
+            return
+        data = transfer_queue.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields", "responses"]
+        )
+        tokens = data["responses"].offsets().diff().tolist()
+        real = [not tag.get("is_padding", False) for tag in batch.tags]
+        rows = zip(data.pop("extra_fields").tolist(), tokens, real, strict=True)
+        responses = [(fields or {}, length) for fields, length, is_real in rows if is_real]
+        metrics.update(step_metrics(responses, timing_raw.get("gen", 0.0)))
+
+    PPOTrainer._compute_metrics = compute_metrics
+
+
+SEAM = Seam(
+    name="verl.step_metrics",
+    package="verl",
+    versions=">=0.9.1,<0.9.2",
+    targets=(
+        Target(
+            path=_COMPUTE,
+            parameters=("batch", "metrics", "timing_raw"),
+            source_contains=('select_fields=["extra_fields"]', 'data["responses"].offsets().diff()', "is_padding"),
+        ),
+        Target(path="transfer_queue:kv_batch_get", parameters=("keys", "partition_id", "select_fields")),
+    ),
+    why="The plugin's metrics in verl's own logger.",
+    install=_install,
+)

@@ -1,0 +1,86 @@
+"""The weight adapter: in each actor worker, sends the policy's tensors to the replica's engine.
+
+verl's own adapter does the sending; the engine's worker sees to it that only the target takes them. Added here: what a
+CPU device cannot do, and the debug option that proves, tensor by tensor, that engine and policy agree.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from verl.plugin.platform import get_platform
+from verl.workers.rollout.sglang_rollout.sglang_rollout import ServerAdapter
+
+from tlt_verl.fingerprint import differences, fingerprint
+from tlt_verl.rollout.server import tlt_config
+
+logger = logging.getLogger(__name__)
+
+NamedTensors = Generator[tuple[str, torch.Tensor], None, None]
+
+
+class WeightSyncError(RuntimeError):
+    """The engine's weights differ from the policy's after a sync."""
+
+
+class TLTAdapter(ServerAdapter):
+    """verl's SGLang adapter, with fingerprints when `debug.fingerprint` is set."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fingerprint = tlt_config(self.config).debug.fingerprint
+        self._drafter: dict[str, str] | None = None
+
+    async def resume(self, tags: list[str]) -> None:
+        """Give device memory back to the engine; on a CPU there is none."""
+        if not self._on_cpu():
+            await super().resume(tags)
+
+    async def release(self) -> None:
+        """Take device memory from the engine; on a CPU there is none."""
+        if not self._on_cpu():
+            await super().release()
+
+    @staticmethod
+    def _on_cpu() -> bool:
+        return get_platform().device_name == "cpu"
+
+    async def update_weights(self, weights: NamedTensors, global_steps: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Send the policy's tensors; then, if asked to, compare.
+
+        Raises:
+            WeightSyncError: the engine's target differs from what was sent, or the drafter changed.
+        """
+        if not self._fingerprint:
+            await super().update_weights(weights, global_steps, *args, **kwargs)
+            return
+        sent: dict[str, str] = {}
+        await super().update_weights(self._recorded(weights, sent), global_steps, *args, **kwargs)
+        if self._engine is not None and self._is_server_tp_leader():
+            await self._compare(sent, global_steps)
+
+    def _recorded(self, weights: NamedTensors, sent: dict[str, str]) -> NamedTensors:
+        """The same tensors; notes the fingerprint of each as the engine will hold it, in the rollout's dtype."""
+        dtype = getattr(torch, self.config.dtype)
+        for name, tensor in weights:
+            sent[name] = fingerprint(tensor.to(dtype))
+            yield name, tensor
+
+    async def _compare(self, sent: dict[str, str], global_steps: Any) -> None:
+        server: Any = self.server_actor
+        target, drafter = await server.weight_fingerprints.remote()
+        if different := differences(sent, target):
+            raise WeightSyncError(
+                f"step {global_steps}: {len(different)} of {len(sent)} target tensors differ from the policy: {different[:5]}"
+            )
+        if self._drafter is not None and (changed := differences(self._drafter, drafter)):
+            raise WeightSyncError(f"step {global_steps}: the policy's sync changed the drafter's tensors {changed}")
+        self._drafter = drafter
+        print(  # verl's worker log; a debug option speaks on stdout
+            f"tlt fingerprint: step {global_steps}: {len(sent)} target tensors equal the policy's, "
+            f"{len(drafter)} drafter tensors unchanged",
+            flush=True,
+        )

@@ -1,0 +1,54 @@
+"""The metrics of a step, from what each response reports. Pure arithmetic; knows neither Ray nor SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What one response reports: tokens it has, and what speculation did for it (0 where it did nothing)."""
+
+    tokens: int
+    proposed: int
+    accepted: int
+    verifications: int
+
+
+def step_metrics(responses: Sequence[Counters], generation_s: float) -> dict[str, float]:
+    """Metrics of one step, under the names of verl's logger.
+
+    `tlt/accept_len` is tokens produced per verification, the bonus token included; `tlt/accept_rate` accepted over
+    proposed drafts; both are over the step's tokens, so a long response counts as much as it took. `tlt/draft_share/*`
+    are shares of the step's tokens by what produced them. Ratios without a denominator are left out.
+
+    Args:
+        generation_s: wall time of the step's generation, seconds.
+    """
+    tokens = sum(r.tokens for r in responses)
+    proposed = sum(r.proposed for r in responses)
+    accepted = sum(r.accepted for r in responses)
+    verifications = sum(r.verifications for r in responses)
+    metrics: dict[str, float] = {}
+    if verifications:
+        metrics["tlt/accept_len"] = (accepted + verifications) / verifications
+    if proposed:
+        metrics["tlt/accept_rate"] = accepted / proposed
+    if tokens:
+        drafted = min(1.0, (accepted + verifications) / tokens)
+        metrics["tlt/draft_share/eagle"] = drafted
+        metrics["tlt/draft_share/off"] = 1.0 - drafted
+    if generation_s > 0:
+        metrics["tlt/tokens_per_s"] = tokens / generation_s
+    return metrics
+
+
+def counters(extra_fields: dict, tokens: int) -> Counters:
+    """The counters of one response from verl's `extra_fields`; a response without them was not drafted for."""
+    return Counters(
+        tokens=tokens,
+        proposed=int(extra_fields.get("spec_num_draft_tokens", 0)),
+        accepted=int(extra_fields.get("spec_num_accepted_tokens", 0)),
+        verifications=int(extra_fields.get("spec_num_verify_steps", 0)),
+    )
