@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The main job on real input: GRPO on long additions with SmolLM2-135M, a Megatron policy and speculative SGLang rollouts.
+# Makes what is missing: the environment, the model, the data.
+#
+#   scripts/quickstart.sh [--rollout tlt|sglang] [--steps N] [--replicas R] [hydra overrides...]
+#
+#   --rollout tlt      (default) rollouts through tlt_verl
+#   --rollout sglang   verl's own backend without speculation: the baseline
+#   --steps N          GRPO steps (default 4)
+#   --replicas R       rollout replicas, and as many data-parallel ranks of the policy (default 1)
+#
+# Shows a row a step and a table at the end; everything that the run prints goes to runs/<name>/train.log.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+rollout=tlt steps=4 replicas=1
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --rollout) rollout=$2; shift 2 ;;
+    --steps) steps=$2; shift 2 ;;
+    --replicas) replicas=$2; shift 2 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --*) echo "quickstart: unknown option $1; takes --rollout, --steps, --replicas and hydra overrides (key=value)" >&2; exit 2 ;;
+    *) break ;;
+  esac
+done
+case "$rollout" in tlt | sglang) ;; *) echo "quickstart: --rollout: got '$rollout', takes tlt or sglang" >&2; exit 2 ;; esac
+for number in "$steps" "$replicas"; do
+  case "$number" in '' | *[!0-9]* | 0) echo "quickstart: --steps and --replicas take whole numbers above 0, got '$number'" >&2; exit 2 ;; esac
+done
+
+start=$SECONDS
+say() { echo "quickstart: $* ($((SECONDS - start)) s)"; }
+scripts/setup.sh
+python=.venv/bin/python
+cores=$(nproc)
+threads=$((cores / replicas > 0 ? cores / replicas : 1))
+say "model and data"
+$python scripts/prepare_model.py
+[ -f data/arithmetic/train.parquet ] || $python scripts/make_data.py
+
+name="$rollout-$(date +%Y%m%d-%H%M%S)"
+overrides=(actor_rollout_ref.rollout.name="$rollout" trainer.total_training_steps="$steps"
+  trainer.n_gpus_per_node="$replicas" trainer.experiment_name="$name")
+if [ "$rollout" = sglang ]; then
+  overrides+=(+actor_rollout_ref.rollout.engine_kwargs.sglang.attention_backend=torch_native '~actor_rollout_ref.rollout.custom.tlt')
+fi
+
+# One process computes at a time when there is one replica; with R replicas each rank and each engine gets its share of cores.
+export VERL_PLATFORM=cpu OMP_NUM_THREADS="$threads" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export TORCHDYNAMO_DISABLE=1               # nothing is compiled on this device; saves 10 s of the first step
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 RAY_AUTH_MODE=disabled RAY_TMPDIR="${RAY_TMPDIR:-/tmp}"
+say "run $name: $steps steps, rollout $rollout, $replicas replica(s), $threads thread(s) each; log in runs/$name/train.log"
+if ! $python -m verl.trainer.main_ppo --config-path "$PWD/configs" --config-name smollm2_cpu "${overrides[@]}" "$@" 2>&1 |
+  $python -m tlt_verl.report.live "runs/$name/train.log"; then
+  echo "quickstart: the run failed; the end of runs/$name/train.log:" >&2
+  tail -n 25 "runs/$name/train.log" >&2
+  exit 1
+fi
+say "done"
+if [ "$rollout" = tlt ]; then echo "The baseline to compare with: scripts/quickstart.sh --rollout sglang --steps $steps"; fi
