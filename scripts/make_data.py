@@ -9,13 +9,17 @@ token entropy, and the share of right answers (two to three minutes on two cores
 """
 
 import argparse
+import os
 import random
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP, for the reason in prepare_model.py
 
 import numpy as np
 import pandas as pd
 import torch
 from arithmetic import DATA_SOURCE, compute_score, draw_problem, question, worked_solution
+from chat import test_requests
 from measure import sample_responses
 from prepare_model import load_base_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -24,35 +28,6 @@ from transformers.utils import logging as transformers_logging
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_SOURCE = "chat/open"
 CHAT_MAX_TOKENS = 192  # the chat responses have no end worth waiting for; their entropy is what is asked
-
-TASKS = (
-    "Write a short story about {}.",
-    "Invent three unusual uses for {} and defend the best one.",
-    "Write a letter from {} to the mayor of a small town.",
-    "Describe {} to somebody who has never seen anything like it.",
-    "Argue that {} changed history more than the printing press did.",
-    "Write a dialogue in which two old friends disagree about {}.",
-    "Give a speech at a wedding that somehow turns to {}.",
-    "Make up a legend that explains the origin of {}.",
-)
-TOPICS = (
-    "a lighthouse without a keeper",
-    "the last tram of the night",
-    "an orchestra of kitchen tools",
-    "a bridge that hums in the wind",
-    "homemade marmalade",
-    "a library on a boat",
-    "the smell of rain",
-    "a chess club for beginners",
-    "a mountain that is not on any map",
-    "secondhand umbrellas",
-    "a market in the desert",
-    "an honest weather forecast",
-    "a garden on a rooftop",
-    "the colour of old letters",
-    "a robot that collects stamps",
-    "migrating geese",
-)
 
 
 def make_row(source: str, ability: str, content: str, truth: str, **extra: str | int) -> dict:
@@ -87,9 +62,8 @@ def make_arithmetic(split: str, count: int, seed: int) -> list[dict]:
 
 
 def make_chat(seed: int) -> list[dict]:
-    """Every task with every topic, 128 distinct requests, shuffled."""
-    requests = [task.format(topic) for task in TASKS for topic in TOPICS]
-    random.Random(f"data/chat/{seed}").shuffle(requests)
+    """The open-ended requests, with an empty truth: nothing scores."""
+    requests = test_requests(seed)
     return [make_row(CHAT_SOURCE, "chat", text, "", index=i, split="test") for i, text in enumerate(requests)]
 
 

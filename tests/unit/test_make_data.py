@@ -1,3 +1,4 @@
+import math
 import sys
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import make_data
-from measure import EntropyMeter, sample_responses, summarise
-from progress import Progress
+from chat import replay_requests
+from measure import sample_responses, summarise
+
+CHATS = [[{"role": "user", "content": text}] for text in ("ab", "abcd", "a", "xyz", "hello")]
 
 
 class LetterTokenizer:
@@ -23,11 +26,8 @@ class LetterTokenizer:
     def decode(self, tokens, skip_special_tokens=True):
         return "".join(chr(96 + int(token)) for token in tokens if token)
 
-    def apply_chat_template(self, chats, **_):
-        rows = [self.encode(chat[0]["content"]) for chat in chats]
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    def apply_chat_template(self, chat, **_):
+        return chat[0]["content"]
 
 
 def pairs(rows):
@@ -55,6 +55,7 @@ def test_chat_requests_are_distinct_and_deterministic():
     requests = [row["prompt"][0]["content"] for row in rows]
     assert len(set(requests)) == len(requests) >= 64
     assert rows == make_data.make_chat(0) != make_data.make_chat(1)
+    assert not set(requests) & set(replay_requests(0))
 
 
 def test_parquet_has_verls_columns(tmp_path):
@@ -81,35 +82,50 @@ def test_share_right_is_the_mean_reward():
     assert make_data.share_right(rows, [right, "no"]) == 0.5
 
 
-def test_summary_counts_up_to_the_first_end():
-    tokens = torch.tensor([[1, 2, 0, 0, 0], [1, 0, 3, 0, 0], [4, 5, 6, 7, 8]])
-    entropies = torch.tensor([[1.0, 1, 1, 99, 99], [2, 2, 99, 99, 99], [3, 3, 3, 3, 3]])
-    summary = summarise(tokens, entropies, LetterTokenizer())
-    assert summary.lengths == [3, 2, 5]
-    assert summary.cut == 1
-    assert summary.texts == ["ab", "a", "defgh"]
-    assert summary.mean_entropy == pytest.approx((3 * 1 + 2 * 2 + 5 * 3) / 10)
-
-
-def test_entropy_is_that_of_the_full_distribution(capsys):
-    meter = EntropyMeter(Progress("x", 1))
-    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0], [100.0, 0.0, 0.0, 0.0]])
-    assert meter(torch.zeros(2, 1), scores) is scores
-    assert meter.steps[0].tolist() == pytest.approx([torch.tensor(4.0).log().item(), 0.0], abs=1e-5)
-
-
-def test_sampling_a_flat_model_has_the_entropy_of_the_vocabulary(capsys):
+def tiny_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def sample(model, seed=3, limit=12):
+    return sample_responses(model, LetterTokenizer(), CHATS, max_new_tokens=limit, seed=seed, label="tiny")
+
+
+def test_summary_counts_what_was_cut():
+    summary = summarise([[1, 2, 0], [1, 0], [4, 5, 6]], [1.0, 2.0, 3.0], LetterTokenizer())
+    assert summary.lengths == [3, 2, 3]
+    assert summary.cut == 1
+    assert summary.texts == ["ab", "a", "def"]
+    assert summary.mean_entropy == 2.0
+
+
+def test_sampling_a_flat_model_has_the_entropy_of_the_vocabulary():
+    model = tiny_model()
     torch.nn.init.zeros_(model.lm_head.weight)
-    chats = [[{"role": "user", "content": text}] for text in ("ab", "abcd", "a")]
-    first, second = (
-        sample_responses(model, LetterTokenizer(), chats, max_new_tokens=12, seed=3, label="flat") for _ in range(2)
-    )
-    assert first == second
-    assert first.mean_entropy == pytest.approx(torch.tensor(32.0).log().item(), abs=1e-4)
-    assert max(first.lengths) <= 12
+    responses = sample(model, limit=100)
+    assert responses == sample(model, limit=100) != sample(model, seed=4, limit=100)
+    assert responses.mean_entropy == pytest.approx(math.log(32), abs=1e-4)
+    assert len(set(responses.lengths)) > 1, "rows must have left the batch at different steps"
+
+
+def test_neither_padding_nor_rows_that_leave_change_the_distribution():
+    """The entropy that was measured is that of each conversation recomputed alone, without a cache."""
+    model, tokenizer = tiny_model(), LetterTokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30.0)
+    responses = sample(model, limit=60)
+    assert len(set(responses.lengths)) > 2
+    entropies = []
+    for chat, text, length in zip(CHATS, responses.texts, responses.lengths, strict=True):
+        prompt = tokenizer.encode(chat[0]["content"])
+        response = [ord(letter) - 96 for letter in text] + [0] * (length - len(text))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    assert 0.3 < responses.mean_entropy < 3.0
+    assert responses.mean_entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)

@@ -157,6 +157,12 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short_replay(monkeypatch):
+    monkeypatch.setattr(prepare_model, "REPLAY_PROMPTS", 4)
+    monkeypatch.setattr(prepare_model, "REPLAY_TOKENS", 6)
+
+
 @needs_base
 def test_the_saved_tokenizer_is_the_chat_models(base):
     from transformers import AutoTokenizer
@@ -174,11 +180,24 @@ def test_the_saved_tokenizer_is_the_chat_models(base):
 
 
 @needs_base
+def test_replayed_answers_are_kept_for_a_resumed_run(base):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    path = base.with_name(".replay.json")
+    replay = prepare_model.sample_replay(model, tokenizer, 0, path)
+    assert len(replay) == prepare_model.REPLAY_PROMPTS
+    assert tokenizer.decode(replay[0].tokens[: replay[0].prompt_len]).endswith("<|im_start|>assistant\n")
+    assert prepare_model.sample_replay(None, tokenizer, 0, path) == replay
+    path.unlink()
+
+
+@needs_base
 def test_a_finished_model_is_reused(base, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = base.with_name("reasoner")
-    recipe = Recipe(steps=2)
+    recipe = Recipe(steps=2, row_tokens=768)
     prepare_model.prepare(out, recipe, base=base, checkpoint_every=1)
     made = (out / "model.safetensors").stat().st_mtime_ns
     prepare_model.prepare(out, recipe, base=base, checkpoint_every=1)
@@ -188,7 +207,7 @@ def test_a_finished_model_is_reused(base, capsys):
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(out).chat_template
 
-    prepare_model.prepare(out, Recipe(steps=3), base=base, checkpoint_every=1)
+    prepare_model.prepare(out, Recipe(steps=3, row_tokens=768), base=base, checkpoint_every=1)
     assert (out / "model.safetensors").stat().st_mtime_ns != made
 
 
@@ -202,6 +221,13 @@ def test_a_folder_of_somebody_else_is_not_overwritten(base):
     assert (foreign / "thesis.txt").exists()
     (foreign / "thesis.txt").unlink()
     foreign.rmdir()
+
+
+def test_one_sample_in_eight_is_replayed():
+    solutions, replay = islice(samples(), 21), [Sample([60], 0), Sample([61], 0)]
+    mixed = list(prepare_model.mix(solutions, replay))
+    assert [mixed[i].tokens for i in (7, 15, 23)] == [[60], [61], [60]]
+    assert len(mixed) == 24
 
 
 def test_progress_prints_lines_when_it_is_not_a_terminal():
