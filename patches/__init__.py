@@ -23,15 +23,20 @@ def all_seams() -> list[Seam]:
     return [importlib.import_module(f"{__name__}.{name}").SEAM for name in names]
 
 
-def check_versions() -> None:
-    """Raise `SeamError` unless every package that a seam reaches into is installed in its tested version.
+def required_seams(on_cpu: bool) -> list[Seam]:
+    """The seams that a run needs: all of them on the CPU device, elsewhere those that are not for it alone."""
+    return [seam for seam in all_seams() if on_cpu or not seam.cpu_only]
+
+
+def check_versions(on_cpu: bool) -> None:
+    """Raise `SeamError` unless every package that a required seam reaches into is installed in its tested version.
 
     Compares versions only: no upstream module is imported.
     """
     from tlt_verl.patches.seam import SeamError
 
-    problems = sorted({problem for seam in all_seams() if (problem := seam.version_problem())})
+    problems = sorted({problem for seam in required_seams(on_cpu) if (problem := seam.version_problem())})
     if problems:
         raise SeamError(
-            f"{'; '.join(problems)}. Install a tested version (requirements/), or run `tlt-verl doctor` for all of them."
+            f"{'; '.join(problems)}. Install a tested version (requirements/); `tlt-verl doctor` compares all of them."
         )

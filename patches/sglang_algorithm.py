@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tlt_verl.patches.seam import Seam, Target
 
 _WORKER = "sglang.srt.speculative.eagle_worker_v2"
+_BASE_WORKER = "sglang.srt.speculative.base_spec_worker:BaseSpecWorker"
 
 
 def _install(
@@ -37,8 +38,8 @@ SEAM = Seam(
         Target(path="sglang.srt.speculative.spec_info:SpeculativeAlgorithm.handle_server_args"),
         Target(path="sglang.srt.speculative.spec_registry:CustomSpecAlgo", parameters=("name", "factory")),
         Target(path=f"{_WORKER}:EAGLEWorkerV2.update_weights_from_tensor", parameters=("recv_req",)),
-        Target(path=f"{_WORKER}:EAGLEWorkerV2.update_weights_from_disk", parameters=("recv_req",)),
-        Target(path=f"{_WORKER}:EAGLEWorkerV2.update_weights_from_ipc", parameters=("recv_req",)),
+        Target(path=f"{_BASE_WORKER}.update_weights_from_disk", parameters=("recv_req",)),
+        Target(path=f"{_BASE_WORKER}.update_weights_from_ipc", parameters=("recv_req",)),
         Target(path=f"{_WORKER}:EagleDraftWorker.init_lm_head", source_contains=("set_embed_and_head(embed, head)",)),
         Target(
             path="sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager."

@@ -75,4 +75,5 @@ SEAM = Seam(
     ),
     why="A batched attention backend for CPUs, with the tree-verify and draft modes that torch_native lacks.",
     install=_install,
+    cpu_only=True,
 )

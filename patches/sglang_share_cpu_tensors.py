@@ -52,4 +52,5 @@ SEAM = Seam(
     ),
     why="Weight updates by shared memory on a CPU device.",
     install=_install,
+    cpu_only=True,
 )

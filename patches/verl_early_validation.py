@@ -1,6 +1,7 @@
 """The first thing that verl's entry points do with a configuration, before Ray is started.
 
 verl has no hook for a plugin to look at the configuration; every entry point calls `auto_set_device(config)` first.
+Installed in every version of verl that still has the function: it is what refuses the versions that are not tested.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _install(check: Callable[[Any], None]) -> None:
 SEAM = Seam(
     name="verl.early_validation",
     package="verl",
-    versions=">=0.9.1,<0.9.2",
+    versions=">=0.1",
     targets=(Target(path="verl.utils.device:auto_set_device", parameters=("config",)),),
     why="Mistakes in the configuration are reported before anything is started.",
     install=_install,

@@ -32,7 +32,7 @@ def verl_plugin() -> None:
     from tlt_verl.patches.after_import import after_import
     from tlt_verl.rollout.checks import NAME
 
-    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    if on_cpu_device():
         _guarded(_install_cpu_device)
     _guarded(_install, verl_early_validation.SEAM, check_run)
     later = (
@@ -42,6 +42,11 @@ def verl_plugin() -> None:
     )
     for patch, parts in later:
         after_import(patch.MODULE, partial(_guarded, _install, patch.SEAM, *parts))
+
+
+def on_cpu_device() -> bool:
+    """Whether this process was told that the CPU is its device."""
+    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
 def _install_cpu_device() -> None:
@@ -88,8 +93,8 @@ def check_run(config: Any) -> None:
     if not checks.asks_for_tlt(config):
         return
     raise_failures()
-    check_versions()
-    options = checks.check_run(config)
+    check_versions(on_cpu_device())
+    options = checks.check_run(config, on_cpu_device())
     target = checks.target_config(config)
     (strategy,) = options.strategy.parsed()
     if target is None or strategy.drafter == "off":

@@ -25,13 +25,17 @@ def asks_for_tlt(config: DictConfig) -> bool:
     return OmegaConf.select(config, f"{_ROLLOUT}.name") == NAME
 
 
-def check_run(config: DictConfig) -> TLTConfig:
+def check_run(config: DictConfig, on_cpu: bool = False) -> TLTConfig:
     """Validate the plugin's options and what they need of the rest of the configuration.
+
+    Args:
+        on_cpu: the CPU is this process's device (VERL_PLATFORM=cpu).
 
     Raises:
         ConfigError: names the option, the value and the cure.
     """
     options = load_config(OmegaConf.select(config, PREFIX))
+    _check_device(config, on_cpu)
     _check_engine_kwargs(config)
     _check_parallel(config, options)
     _check_lora(config)
@@ -46,6 +50,16 @@ def target_config(config: DictConfig) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def _check_device(config: DictConfig, on_cpu: bool) -> None:
+    """verl takes the platform from the environment; with `trainer.device` alone a run would fail late and elsewhere."""
+    device = OmegaConf.select(config, "trainer.device")
+    if device == "cpu" and not on_cpu:
+        raise ConfigError(
+            "trainer.device: got 'cpu', but without VERL_PLATFORM=cpu in the environment verl has no CPU device. "
+            "Start the run with VERL_PLATFORM=cpu, or with trainer.device=cuda."
+        )
+
+
 def _check_engine_kwargs(config: DictConfig) -> None:
     """The engine's speculation is ours to set."""
     kwargs = OmegaConf.select(config, f"{_ROLLOUT}.engine_kwargs.sglang") or {}
@@ -53,7 +67,8 @@ def _check_engine_kwargs(config: DictConfig) -> None:
         if str(key).startswith("speculative_"):
             raise ConfigError(
                 f"{_ROLLOUT}.engine_kwargs.sglang.{key}: got {kwargs[key]!r}, but {_ROLLOUT}.name={NAME} sets SGLang's "
-                f"speculation itself. Remove it and use {PREFIX}.strategy.arms and {PREFIX}.drafter.path, or use name=sglang."
+                f"speculation itself. Remove it and use {PREFIX}.strategy.arms and {PREFIX}.drafter.path, "
+                f"or use {_ROLLOUT}.name=sglang."
             )
 
 
@@ -76,8 +91,8 @@ def _check_lora(config: DictConfig) -> None:
     rank = max(int(OmegaConf.select(config, f"{model}.{key}") or 0) for key in ("lora_rank", "lora.rank"))
     if rank > 0 and not OmegaConf.select(config, f"{model}.lora.merge"):
         raise ConfigError(
-            f"{model}.lora: an adapter of rank {rank} would be served beside the target, which {_ROLLOUT}.name={NAME} does "
-            f"not support. Set {model}.lora.merge=true to serve merged weights."
+            f"{model}.lora: got rank {rank}, an adapter that would be served beside the target, which "
+            f"{_ROLLOUT}.name={NAME} does not support. Set {model}.lora.merge=true to serve merged weights."
         )
 
 
@@ -92,7 +107,7 @@ def precision_drift(config: DictConfig) -> str | None:
         policy = OmegaConf.select(config, key)
         if policy is not None and str(policy) in ("float32", "fp32") and rollout not in ("float32", "fp32"):
             return (
-                f"precision mix that drifts: {key}={policy} with {_ROLLOUT}.dtype={rollout}. The policy's weights are rounded "
-                f"at every sync, so rollout log-probs move away from the policy's. Use the same dtype on both sides."
+                f"precision mix that drifts: {key}={policy} with {_ROLLOUT}.dtype={rollout}. The policy's weights are "
+                f"rounded at every sync, so rollout log-probs move away from the policy's. Use one dtype on both sides."
             )
     return None

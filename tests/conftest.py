@@ -1,0 +1,33 @@
+"""The environment that upstream packages read when they are imported, set before any test imports one.
+
+Its place matters too: pytest puts this folder on the import path, so that every test finds the helpers beside it. A
+variable that is already set wins.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+_SHOWN = ("torch", "verl", "sglang", "transformers", "megatron-core", "mbridge", "ray")
+
+
+def pytest_report_header() -> str:
+    return "tlt_verl with " + ", ".join([f"Python {platform.python_version()}", *map(_shown, _SHOWN)])
+
+
+def _shown(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {package}"
