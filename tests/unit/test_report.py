@@ -9,7 +9,7 @@ from tlt_verl.report.logprobs import table
 
 STEP = (
     "\x1b[36m(TaskRunnerV1 pid=11)\x1b[0m step:3 - critic/score/mean:0.25 - response_length/mean:30.0 - "
-    "prompt_length/mean:10.0 - perf/total_num_tokens:400 - timing_s/gen:6.0 - timing_s/step:9.5 - "
+    "training/global_step:3 - prompt_length/mean:10.0 - perf/total_num_tokens:400 - timing_s/gen:6.0 - timing_s/step:9.5 - "
     "num_turns/mean:np.float64(2.0) - tlt/accept_len:1.5 - odd:text - actor/loss:-1e-05\n"
 )
 
@@ -82,6 +82,14 @@ def test_a_quiet_run_is_said_to_be_alive_and_no_more_often_than_that():
     assert [text.split(",")[0].strip() for text in shown] == ["... starting", "... starting"]
 
 
+def test_a_validation_before_training_is_no_step():
+    shown: list[str] = []
+    watcher = Watcher(io.StringIO(), shown.append)
+    watcher.line("step:0 - val-core/arithmetic/addition/reward/mean@1:0.5\n")
+    assert not watcher.steps
+    assert shown == ["  validation at step 0: reward 0.500"]
+
+
 def test_no_step_is_said_and_fails():
     shown: list[str] = []
     watcher = Watcher(io.StringIO(), shown.append)
@@ -92,7 +100,7 @@ def test_no_step_is_said_and_fails():
 
 
 def test_logprob_table_shows_the_worst_step(tmp_path):
-    keys = "training/rollout_probs_diff_max:{} - training/rollout_probs_diff_mean:0.001 - "
+    keys = "training/global_step:1 - training/rollout_probs_diff_max:{} - training/rollout_probs_diff_mean:0.001 - "
     keys += "training/rollout_actor_probs_pearson_corr:{}\n"
     run = tmp_path / "run"
     run.mkdir()

@@ -37,6 +37,16 @@ def parse_step(line: str) -> tuple[int, dict[str, float]] | None:
     return int(match[1]), metrics
 
 
+def is_training_step(metrics: dict[str, float]) -> bool:
+    """Whether the metrics are a training step's; verl logs a validation before training as a step of its own."""
+    return "training/global_step" in metrics
+
+
+def validation_reward(metrics: dict[str, float]) -> float | None:
+    """The mean reward of a validation, where the metrics hold one."""
+    return next((v for k, v in metrics.items() if k.startswith("val-core/") and "/mean@" in k), None)
+
+
 def generated_tokens(metrics: dict[str, float]) -> float:
     """Tokens that the rollouts of a step produced, prompts excluded."""
     response, prompt = metrics["response_length/mean"], metrics["prompt_length/mean"]

@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
-from tlt_verl.report.console import closing_table, header, parse_step, plain, step_row
+from tlt_verl.report.console import (
+    closing_table,
+    header,
+    is_training_step,
+    parse_step,
+    plain,
+    step_row,
+    validation_reward,
+)
 
 # What the run is doing, by a text that its output then contains.
 _STAGES = (
@@ -49,10 +57,7 @@ class Watcher:
         self._log.write(line)
         self._log.flush()
         if (step := parse_step(line)) is not None:
-            if not self.steps:
-                self._say(header())
-            self.steps.append(step)
-            self._say(step_row(*step))
+            self._step(*step)
             return
         text = plain(line)
         for mark, stage in _STAGES:
@@ -70,6 +75,15 @@ class Watcher:
             self._say(f"\n{len(self.steps)} steps in {self._clock() - self._start:.0f} s\n{closing_table(self.steps)}")
         else:
             self._say("no step was completed")
+
+    def _step(self, number: int, metrics: dict[str, float]) -> None:
+        if (reward := validation_reward(metrics)) is not None:
+            self._say(f"  validation at step {number}: reward {reward:.3f}")
+        if is_training_step(metrics):
+            if not self.steps:
+                self._say(header())
+            self.steps.append((number, metrics))
+            self._say(step_row(number, metrics))
 
     def _enter(self, stage: str, text: str) -> None:
         """A stage is said once; a line that is a message itself is shown as it is."""

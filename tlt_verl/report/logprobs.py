@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tlt_verl.report.console import parse_step
+from tlt_verl.report.console import is_training_step, parse_step
 
 _MOST, _MEAN = "training/rollout_probs_diff_max", "training/rollout_probs_diff_mean"
 _CORRELATION = "training/rollout_actor_probs_pearson_corr"
@@ -20,7 +20,11 @@ def table(runs: list[Path]) -> str:
     """One row a run and step: the largest and the mean difference of token probabilities, and their correlation."""
     lines = [f"{'run':<28}{'step':>5}{'largest diff':>14}{'mean diff':>12}{'correlation':>13}"]
     for run in runs:
-        steps = [step for line in (run / "train.log").open(errors="replace") if (step := parse_step(line))]
+        steps = [
+            step
+            for line in (run / "train.log").open(errors="replace")
+            if (step := parse_step(line)) and is_training_step(step[1])
+        ]
         for number, m in steps:
             lines.append(f"{run.name:<28}{number:>5}{m[_MOST]:>14.2e}{m[_MEAN]:>12.2e}{m[_CORRELATION]:>13.6f}")
         most, least = max(m[_MOST] for _, m in steps), min(m[_CORRELATION] for _, m in steps)
