@@ -1,0 +1,67 @@
+"""The metrics of a step, against figures worked out by hand; and a response that was not drafted for."""
+
+from __future__ import annotations
+
+import pytest
+
+from tlt_verl.rollout.metrics import Counters, counters, step_metrics
+
+# Two drafted responses. The first token of a response comes from its prefill: 10 = 1 + 6 accepted + 3 bonus tokens.
+LONG = Counters(tokens=10, proposed=9, accepted=6, verifications=3)
+SHORT = Counters(tokens=2, proposed=3, accepted=0, verifications=1)
+PLAIN = Counters(tokens=8, proposed=0, accepted=0, verifications=0)
+
+
+def test_a_step_of_drafted_responses():
+    metrics = step_metrics([LONG, SHORT], generation_s=4.0)
+    assert metrics == pytest.approx(
+        {
+            "tlt/accept_len": 10 / 4,  # 6 accepted and 4 bonus tokens from 4 verifications
+            "tlt/accept_rate": 6 / 12,
+            "tlt/draft_share/eagle": 10 / 12,
+            "tlt/draft_share/off": 2 / 12,
+            "tlt/tokens_per_s": 3.0,
+        }
+    )
+
+
+def test_accept_length_is_over_the_steps_tokens_and_not_a_mean_of_means():
+    """A mean over responses would be (3 + 1) / 2 here, and hide what the long one costs."""
+    assert step_metrics([LONG, SHORT], 1.0)["tlt/accept_len"] == 2.5
+
+
+def test_drafts_that_are_all_rejected_count_one_token_a_verification():
+    """Acceptance that falls to zero, the failure that users report most, must be visible as 1.0, not as missing."""
+    metrics = step_metrics([SHORT], 1.0)
+    assert metrics["tlt/accept_len"] == 1.0 and metrics["tlt/accept_rate"] == 0.0
+
+
+def test_without_speculation_the_drafted_share_is_zero_and_ratios_are_left_out():
+    metrics = step_metrics([PLAIN, PLAIN], generation_s=2.0)
+    assert metrics == {"tlt/draft_share/eagle": 0.0, "tlt/draft_share/off": 1.0, "tlt/tokens_per_s": 8.0}
+
+
+def test_shares_sum_to_one_even_when_a_response_was_cut_inside_a_verification():
+    """The last verification can accept tokens behind a stop token, which the response does not have."""
+    cut = Counters(tokens=3, proposed=3, accepted=3, verifications=1)
+    metrics = step_metrics([cut], 1.0)
+    assert metrics["tlt/draft_share/eagle"] == 1.0 and metrics["tlt/draft_share/off"] == 0.0
+
+
+@pytest.mark.parametrize("generation_s", [0.0, 1.0])
+def test_a_step_without_responses_has_no_ratios(generation_s):
+    assert set(step_metrics([], generation_s)) <= {"tlt/tokens_per_s"}
+
+
+def test_without_a_time_there_is_no_speed():
+    assert "tlt/tokens_per_s" not in step_metrics([LONG], 0.0)
+
+
+def test_counters_are_read_under_verls_names():
+    fields = {"spec_num_draft_tokens": 9, "spec_num_accepted_tokens": 6, "spec_num_verify_steps": 3, "global_steps": 4}
+    assert counters(fields, 10) == LONG
+
+
+@pytest.mark.parametrize("fields", [{}, {"min_global_steps": 1}])
+def test_a_response_without_counters_was_not_drafted_for(fields):
+    assert counters(fields, 8) == PLAIN
