@@ -3,8 +3,8 @@
     .venv/bin/python scripts/bench_attention.py [--model models/smollm2-135m-reasoner] [--rounds 5]
 
 Two engines are kept, one with each backend; they take turns on the same prompts, so that a noisy machine disturbs both.
-Prints, for each dtype and batch size, the medians and the median of the pairwise ratios (ours over stock; the goal is that
-none is below 0.98), and writes everything to `runs/bench_attention.json`.
+Prints, for each dtype and batch size, the medians and the median of the pairwise ratios (ours over stock; the goal is
+that none is below 0.98), and writes everything to `runs/bench_attention.json`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What verl's entry-point group loads: verl imports a plugin and calls nothing, so importing this module installs it."""
+"""What verl's entry-point group names. verl imports a plugin and calls nothing: importing this installs it."""
 
 from tlt_verl.plugin import verl_plugin
 

@@ -11,6 +11,7 @@ class BuildWithPth(build_py):
     """Puts `tlt_torchvision_ops.pth` beside the packages, where the interpreter reads it at start-up."""
 
     def run(self):
+        """Build as usual, then add the file."""
         super().run()
         target = Path(self.build_lib) / "tlt_torchvision_ops.pth"
         target.write_text("import tlt_torchvision_ops\n")

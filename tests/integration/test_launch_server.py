@@ -1,7 +1,7 @@
 """`python -m sglang.launch_server --speculative-algorithm TLT`, without verl: one server, over HTTP.
 
-Would catch: a plugin that is not loaded by the command line, a drafter that is not made, requests that do not survive abort
-or retraction, weights of an update that reach the drafter or leave its shared head behind.
+Would catch: a plugin that is not loaded by the command line, a drafter that is not made, requests that do not survive
+abort or retraction, weights of an update that reach the drafter or leave its shared head behind.
 """
 
 import json
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tlt_verl.fingerprint import fingerprints
 from transformers import AutoModelForCausalLM
+
+from tlt_verl.fingerprint import fingerprints
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -128,7 +129,7 @@ def test_the_command_line_serves_with_a_drafter_made_from_the_target(server, mod
 
 @pytest.mark.parametrize("mode", ["abort", "retract"])
 def test_generation_survives_a_pause(server, models, mode):
-    """abort returns what there is, and the rest follows on resubmission; retract goes on by itself. Greedy, so exact."""
+    """abort returns what there is, the rest follows on resubmission; retract goes on by itself. Greedy, so exact."""
     count = 600
     answers = []
     thread = threading.Thread(target=lambda: answers.append(server.generate(PROMPT, count)))

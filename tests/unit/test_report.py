@@ -3,6 +3,7 @@
 import io
 
 import pytest
+
 from tlt_verl.report.console import COLUMNS, closing_table, generated_tokens, parse_step, plain, step_row
 from tlt_verl.report.live import Watcher, watch
 from tlt_verl.report.logprobs import table

@@ -60,6 +60,7 @@ def refuse_inexact(server_args: ServerArgs) -> None:
     for option, (value, exact) in refused.items():
         if value != exact:
             raise ValueError(
-                f"{option}={value!r} is refused with speculative_algorithm={NAME}: its tokens would not follow the target's "
-                f"distribution exactly, or it is not supported. Set it to {exact!r}, or use another speculative_algorithm."
+                f"{option}={value!r} is refused with speculative_algorithm={NAME}: its tokens would not follow the "
+                f"target's distribution exactly, or it is not supported. Set it to {exact!r}, or use another "
+                "speculative_algorithm."
             )

@@ -21,7 +21,7 @@ def plain(line: str) -> str:
 
 
 def parse_step(line: str) -> tuple[int, dict[str, float]] | None:
-    """The step's number and its metrics, or None when the line is not a step's. Values that are no numbers are left out."""
+    """The step's number and its metrics, or None when the line is not a step's. Only numbers are kept."""
     text = plain(line)
     match = _STEP.match(text)
     if match is None:

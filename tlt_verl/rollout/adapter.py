@@ -48,7 +48,9 @@ class TLTAdapter(ServerAdapter):
     def _on_cpu() -> bool:
         return get_platform().device_name == "cpu"
 
-    async def update_weights(self, weights: NamedTensors, global_steps: Any = None, *args: Any, **kwargs: Any) -> None:
+    async def update_weights(  # type: ignore[override]  (verl's own two signatures differ)
+        self, weights: NamedTensors, global_steps: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Send the policy's tensors; then, if asked to, compare.
 
         Raises:
@@ -70,11 +72,12 @@ class TLTAdapter(ServerAdapter):
             yield name, tensor
 
     async def _compare(self, sent: dict[str, str], global_steps: Any) -> None:
-        server: Any = self.server_actor
+        server: Any = self.server_actor  # type: ignore[has-type]
         target, drafter = await server.weight_fingerprints.remote()
         if different := differences(sent, target):
             raise WeightSyncError(
-                f"step {global_steps}: {len(different)} of {len(sent)} target tensors differ from the policy: {different[:5]}"
+                f"step {global_steps}: {len(different)} of {len(sent)} target tensors differ from the policy: "
+                f"{different[:5]}"
             )
         if self._drafter is not None and (changed := differences(self._drafter, drafter)):
             raise WeightSyncError(f"step {global_steps}: the policy's sync changed the drafter's tensors {changed}")

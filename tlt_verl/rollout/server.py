@@ -66,7 +66,7 @@ class TLTHttpServer(SGLangHttpServer):
         super().__init__(with_engine_options(omega_conf_to_dataclass(config)), model_config, *args, **kwargs)
 
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
-        """Launch the engine. verl builds the engine's arguments before SGLang loads its plugins: they are loaded here."""
+        """Launch the engine, with SGLang's plugins loaded before verl builds the arguments that name one of them."""
         load_plugins()
         await super().launch_server(*args, **kwargs)
 

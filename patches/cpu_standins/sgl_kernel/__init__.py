@@ -48,8 +48,8 @@ def __getattr__(name):
 
     def missing(*args, **kwargs):
         raise NotImplementedError(
-            f"sgl_kernel.{name} has no torch stand-in (tlt-cpu-standins {__version__}). Use an option that does not need "
-            "it, or install a native sgl_kernel for this machine."
+            f"sgl_kernel.{name} has no torch stand-in (tlt-cpu-standins {__version__}). Use an option that does not "
+            "need it, or install a native sgl_kernel for this machine."
         )
 
     missing.__name__ = name
