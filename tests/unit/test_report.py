@@ -10,8 +10,8 @@ from tlt_verl.report.logprobs import table
 
 STEP = (
     "\x1b[36m(TaskRunnerV1 pid=11)\x1b[0m step:3 - critic/score/mean:0.25 - response_length/mean:30.0 - "
-    "training/global_step:3 - prompt_length/mean:10.0 - perf/total_num_tokens:400 - timing_s/gen:6.0 - timing_s/step:9.5 - "
-    "num_turns/mean:np.float64(2.0) - tlt/accept_len:1.5 - odd:text - actor/loss:-1e-05\n"
+    "training/global_step:3 - prompt_length/mean:10.0 - perf/total_num_tokens:400 - timing_s/gen:6.0 - "
+    "timing_s/step:9.5 - num_turns/mean:np.float64(2.0) - tlt/accept_len:1.5 - odd:text - actor/loss:-1e-05\n"
 )
 
 

@@ -44,7 +44,7 @@ class Block:
         slots: int64 [B, L] pool slots of the keys and values; padding points at slot 0.
         mask: bool [B, 1, n, L], True where a query sees a key; None when every query sees every key; "causal" for one
             request without prefix.
-        rows: the block's queries as a slice of the flat query tensor, when they are contiguous; else int64 [B, n] indices
+        rows: the block's queries as a slice of the flat query tensor, when contiguous; else int64 [B, n] indices
             into it, with padding pointing at row 0.
         real: bool [B, n], which queries are not padding; None when all are real.
         n: queries a request.

@@ -48,7 +48,7 @@ class TLTAdapter(ServerAdapter):
     def _on_cpu() -> bool:
         return get_platform().device_name == "cpu"
 
-    async def update_weights(  # type: ignore[override]  (verl's own two signatures differ)
+    async def update_weights(  # type: ignore[override]  # verl overrides it with another signature itself
         self, weights: NamedTensors, global_steps: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """Send the policy's tensors; then, if asked to, compare.
