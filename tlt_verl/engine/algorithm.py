@@ -55,7 +55,8 @@ def refuse_inexact(server_args: ServerArgs) -> None:
         "rl_on_policy_target": (server_args.rl_on_policy_target, None),
         "speculative_use_rejection_sampling": (server_args.speculative_use_rejection_sampling, False),
         "speculative_adaptive": (server_args.speculative_adaptive, False),
-        "SGLANG_SIMULATE_ACC_LEN": (envs.SGLANG_SIMULATE_ACC_LEN.get() > 0, False),
+        "pp_size": (server_args.pp_size, 1),
+        "SGLANG_SIMULATE_ACC_LEN": (max(envs.SGLANG_SIMULATE_ACC_LEN.get(), 0.0), 0.0),
     }
     for option, (value, exact) in refused.items():
         if value != exact:
