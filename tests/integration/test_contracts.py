@@ -38,6 +38,7 @@ SOURCES = [
     for target in seam.targets
     for text in target.source_contains
 ]
+pytestmark = pytest.mark.slow  # importing all of upstream takes its time, once
 PACKAGES = ("mbridge", "megatron-core", "sglang", "verl")
 
 
