@@ -28,6 +28,7 @@ _CPU_ENGINE = {
     "attention_backend": "tlt_cpu",
     "enable_memory_saver": False,
     "disable_overlap_schedule": True,
+    "sleep_on_idle": True,  # an idle scheduler spins, on a core that the policy's update needs
 }
 
 
