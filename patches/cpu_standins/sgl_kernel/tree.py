@@ -53,6 +53,8 @@ def _chain(batch, nodes):
 
 def _parents(parent_list, selected_index, topk):
     """Parents [B, N] as node indices, -1 for the root."""
+    if parent_list.shape[1] == 0:  # one step: every candidate hangs from the root
+        return torch.nn.functional.pad(torch.zeros_like(selected_index), (1, 0), value=-1)
     group = selected_index // topk  # [B, N-1]; group 0 hangs from the root
     candidate = parent_list.gather(1, group.clamp(max=parent_list.shape[1] - 1))
     is_parent = selected_index[:, None, :] == candidate[:, :, None]  # [B, child, node - 1]
