@@ -1,0 +1,133 @@
+"""One boot of a real SGLang engine for many jobs, in a process of its own.
+
+Tests call `run_engine`; the process is this file, run as a script: a JSON object in, a JSON object out. It knows the
+engine's Python interface and nothing of what the tests look for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "device": "cpu",
+    "dtype": "float32",
+    "mem_fraction_static": 0.2,
+    "max_total_tokens": 16384,
+    "max_running_requests": 64,
+    "disable_overlap_schedule": True,
+    "log_level": "warning",
+    "random_seed": 1,
+}
+CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}
+_COUNTERS = ("cached_tokens", "completion_tokens", "spec_verify_ct", "spec_num_correct_drafts")
+
+
+def speculative(algorithm: str, shape: dict[str, int], drafter: Path) -> dict[str, Any]:
+    """Engine options of a speculative algorithm with a tree of this shape."""
+    backend = {} if algorithm == "TLT" else {"attention_backend": "tlt_cpu"}
+    return {
+        "speculative_algorithm": algorithm,
+        "speculative_draft_model_path": str(drafter),
+        **shape,
+        **backend,
+    }
+
+
+def job(
+    prompts: list[list[int]], params: list[dict[str, Any]], *, calls: int = 1, logprobs: bool = False
+) -> dict[str, Any]:
+    """`calls` calls of `Engine.generate` with the same batch: a prompt and sampling parameters a request.
+
+    A batch reaches the scheduler as one message, so that its batches, and with a seeded engine its samples, are the
+    same in every run.
+    """
+    return {"prompts": prompts, "params": params, "calls": calls, "logprobs": logprobs}
+
+
+def run_engine(
+    model: Path,
+    jobs: list[dict[str, Any]],
+    *,
+    timeout_s: float,
+    plugins: Path | None = None,
+    **options: Any,
+) -> list[dict[str, list[Any]]]:
+    """Boot an engine with `ENGINE | options`, run the jobs in order, shut it down.
+
+    Args:
+        plugins: a folder to put on the engine's import path, with the metadata of a plugin.
+
+    Returns:
+        For each job, lists with an entry a request, call after call: `output_ids`, `logprobs` (of the output tokens,
+        where asked for) and the counters of `meta_info`.
+    """
+    request = {"engine": ENGINE | {"model_path": str(model)} | options, "jobs": jobs}
+    paths = [str(plugins)] if plugins else []
+    with tempfile.TemporaryDirectory() as scratch:
+        given, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        given.write_text(json.dumps(request))
+        environment = os.environ | {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": scratch,
+            "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        command = [sys.executable, __file__, str(given), str(answer)]
+        with Path(scratch, "log.txt").open("w+") as log:
+            try:
+                code = _run(command, environment, log, timeout_s)
+            finally:
+                log.seek(0)
+                text = log.read()
+        assert code == 0 and answer.exists(), f"the engine ended with {code}:\n{text[-6000:]}"
+        return json.loads(answer.read_text())
+
+
+def _run(command: list[str], environment: dict[str, str], log: Any, timeout_s: float) -> int | str:
+    """The exit status, or a word for a timeout. The whole process group goes with it: an engine has children."""
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"a timeout after {timeout_s} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+
+
+def main(given: Path, answer: Path) -> None:
+    import sglang
+
+    request = json.loads(given.read_text())
+    engine = sglang.Engine(**request["engine"])
+    try:
+        answer.write_text(json.dumps([_answer(engine, each) for each in request["jobs"]]))
+    finally:
+        engine.shutdown()
+
+
+def _answer(engine: Any, asked: dict[str, Any]) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {name: [] for name in ("output_ids", "logprobs", *_COUNTERS)}
+    for _ in range(asked["calls"]):
+        for response in engine.generate(
+            input_ids=asked["prompts"], sampling_params=asked["params"], return_logprob=asked["logprobs"]
+        ):
+            meta = response["meta_info"]
+            out["output_ids"].append(response["output_ids"])
+            out["logprobs"].append([entry[0] for entry in meta.get("output_token_logprobs", ())])
+            for name in _COUNTERS:
+                out[name].append(meta.get(name, 0))
+    return out
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

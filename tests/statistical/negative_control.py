@@ -1,0 +1,34 @@
+"""A plugin of SGLang for the negative control: stock EAGLE on a CPU takes the sampling branch of its verification.
+
+On a CPU stock verification takes the argmax; on CUDA it samples, cutting by top-k and top-p one after the other. This
+opens that branch on a CPU machine, for the control only: nothing of tlt_verl knows of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def install() -> None:
+    """The plugin's entry point."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.speculative import eagle_utils
+
+    def eagle_sample(original, *args, **kwargs):
+        eagle_utils._is_cpu = False
+        try:
+            return original(*args, **kwargs)
+        finally:
+            eagle_utils._is_cpu = True
+
+    HookRegistry.register("sglang.srt.speculative.eagle_utils.eagle_sample", eagle_sample, HookType.AROUND)
+
+
+def write_plugin(folder: Path) -> Path:
+    """A folder that makes this a discoverable plugin when it is put on an engine's import path."""
+    metadata = folder / "negative_control-0.0.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: negative-control\nVersion: 0.0.0\n")
+    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nnegative_control = negative_control:install\n")
+    (folder / "negative_control.py").write_text(Path(__file__).read_text())
+    return folder

@@ -1,0 +1,233 @@
+"""Through the real engine, the tokens of a speculating request follow the target's distribution exactly.
+
+The joint distribution of the first tokens of a request, from at least 20,000 samples a case, against the exact one by
+chi-square. The first token comes from the prefill, all others from verification; tokens 3 to 5 need accepted drafts of
+every depth. Each result prints the smallest departure that it would have seen: with about 400 cells and 20,480 samples
+any distribution at a total variation of 0.05 from the exact one fails with a probability of 0.99, at a significance of
+2e-5 a test (false alarms of the whole file: less than 1 in 1,000). Engines are seeded and get their batches whole, so a
+result is the same in every run.
+
+What it would catch: argmax in place of sampling, cuts in another order or another set, a draft that is accepted more
+often than the target wills, a bonus token from the wrong node, wrong tree masks, positions or cache rows, and
+parameters or penalties of one request that reach another. Two negative controls, both stock SGLang, must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from chi_square import ALPHA, chi_square
+from engine_runner import CHAIN, TREE, job, run_engine, speculative
+from exact import ExactTarget, sequence_logprobs
+from fitted_drafter import fit_drafter
+from negative_control import write_plugin
+from small_model import make_target
+
+pytestmark = pytest.mark.slow
+
+PROMPT = [1, 5, 7, 2, 9, 3]
+SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
+TIMEOUT_S = 600
+SAMPLES, CALLS = 20480, 20
+FEWER, FEWER_CALLS = 4096, 4  # where 20,000 are not asked for
+
+PLAIN = {
+    "T=1": {"temperature": 1.0, "max_new_tokens": 5},
+    "T=0.7": {"temperature": 0.7},
+}
+CUT = {
+    "top_p=0.9": {"temperature": 1.0, "top_p": 0.9},
+    "top_k=8": {"temperature": 1.0, "top_k": 8},
+    "top_k=6, top_p=0.8, T=0.8": {"temperature": 0.8, "top_k": 6, "top_p": 0.8},
+    "min_p=0.1": {"temperature": 1.0, "min_p": 0.1},
+}
+JOINT = "top_k=6, top_p=0.8, T=0.8"
+PENALISED = {
+    "repetition_penalty": {"temperature": 1.0, "repetition_penalty": 1.3},
+    "frequency and presence": {"temperature": 0.7, "frequency_penalty": 0.6, "presence_penalty": 0.5},
+    "min_new_tokens": {"temperature": 1.0, "min_new_tokens": 2},
+    "logit_bias": {"temperature": 1.0, "logit_bias": {"3": 1.5, "8": -2.0}},
+    "unpenalised": {"temperature": 1.0},
+}
+CASES = PLAIN | CUT | PENALISED
+GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
+SCORED = {
+    "T=1": {"temperature": 1.0},
+    "T=0.7": {"temperature": 0.7},
+    "cut": {"temperature": 0.7, "top_k": 6, "top_p": 0.8},
+    "penalised": {"temperature": 0.7, "repetition_penalty": 1.3},
+    "greedy": {"temperature": 0.0},
+}
+
+
+class Batch(NamedTuple):
+    """Requests of one call, all behind `PROMPT`: the name of each one's case, and the job that runs them."""
+
+    names: list[str]
+    job: dict[str, Any]
+
+    @classmethod
+    def of(cls, cases: Mapping[str, dict[str, Any]], each: Mapping[str, int], **options: Any) -> Batch:
+        """`each[name]` requests of every case, evenly mixed."""
+        places = [((i + 0.5) / each[name], name) for name in cases for i in range(each[name])]
+        names = [name for _, name in sorted(places)]
+        params = [{"max_new_tokens": 3, "ignore_eos": True} | cases[name] for name in names]
+        return cls(names, job([PROMPT] * len(names), params, **options))
+
+    def outputs(self, answer: dict[str, list[Any]], name: str, field: str = "output_ids") -> list[Any]:
+        """A field of every request of a case, all calls."""
+        calls = len(answer[field]) // len(self.names)
+        return [value for value, of in zip(answer[field], self.names * calls, strict=True) if of == name]
+
+
+def equally(cases: Mapping[str, Any], samples: int, calls: int) -> dict[str, int]:
+    return dict.fromkeys(cases, samples // calls)
+
+
+BATCHES = {
+    "plain": Batch.of(PLAIN, equally(PLAIN, SAMPLES, CALLS), calls=CALLS),
+    "cut": Batch.of(
+        CUT | {"greedy": GREEDY},
+        equally(CUT, SAMPLES, CALLS) | {"min_p=0.1": 2 * FEWER // CALLS, "greedy": 8},
+        calls=CALLS,
+    ),
+    "penalised": Batch.of(PENALISED, equally(PENALISED, FEWER, FEWER_CALLS), calls=FEWER_CALLS),
+    "scored": Batch.of(
+        {name: params | {"max_new_tokens": 12} for name, params in SCORED.items()},
+        dict.fromkeys(SCORED, 32),
+        logprobs=True,
+    ),
+}
+JOINT_ALONE = Batch.of({JOINT: CUT[JOINT]}, {JOINT: 2048}, calls=4)
+T1_ALONE = Batch.of({"T=1": {"temperature": 1.0}}, {"T=1": 2048}, calls=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lossless")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return make_target(folder / "target")
+
+
+@pytest.fixture(scope="module")
+def drafter(model, folder):
+    return fit_drafter(model, folder / "drafter")
+
+
+@pytest.fixture(scope="module")
+def exact(model):
+    return ExactTarget(model, PROMPT)
+
+
+def run(folder, batches, **options):
+    """The answer to each batch, from one engine. With a tokenizer, for `min_new_tokens`."""
+    jobs = [batch.job for batch in batches]
+    more = {"skip_tokenizer_init": False, "max_running_requests": 256}
+    return run_engine(folder / "target", jobs, timeout_s=TIMEOUT_S, **more, **options)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def tlt(request, folder, drafter):
+    """The answers of an engine with the algorithm TLT, by the batch's name."""
+    answers = run(folder, BATCHES.values(), **speculative("TLT", SHAPES[request.param], drafter))
+    return dict(zip(BATCHES, answers, strict=True))
+
+
+def compared(outputs, exact, params, first=0, last=3):
+    """Chi-square of tokens [first, last) of the outputs, printed with its power."""
+    joint = exact.joint(params, last)
+    joint = joint.sum(tuple(range(first))) if first else joint
+    result = chi_square([tuple(output[first:last]) for output in outputs], joint.numpy())
+    print(f"\n{params}, tokens {first + 1} to {last}: {result}")
+    return result
+
+
+def accept_length(batch, answer, name):
+    """Tokens a verification, from the engine's own counters."""
+    drafts = sum(batch.outputs(answer, name, "spec_num_correct_drafts"))
+    return 1 + drafts / sum(batch.outputs(answer, name, "spec_verify_ct"))
+
+
+@pytest.mark.parametrize("name", PLAIN | CUT)
+def test_first_three_tokens_follow_the_exact_distribution(tlt, exact, name):
+    batch = "plain" if name in PLAIN else "cut"
+    outputs = BATCHES[batch].outputs(tlt[batch], name)
+    assert len(outputs) >= (20000 if name != "min_p=0.1" else 8000)
+    assert compared(outputs, exact, CASES[name]).p > ALPHA
+    length = accept_length(BATCHES[batch], tlt[batch], name)
+    print(f"accept length {length:.2f}")
+    assert length >= 1.3, "too few drafts are accepted to test acceptance"
+
+
+def test_later_tokens_follow_the_exact_distribution(tlt, exact):
+    outputs = BATCHES["plain"].outputs(tlt["plain"], "T=1")
+    assert compared(outputs, exact, CASES["T=1"], first=2, last=5).p > ALPHA
+
+
+@pytest.mark.parametrize("name", PENALISED)
+def test_penalised_requests_follow_the_exact_distribution_in_a_mixed_batch(tlt, exact, name):
+    outputs = BATCHES["penalised"].outputs(tlt["penalised"], name)
+    assert compared(outputs, exact, CASES[name]).p > ALPHA
+
+
+def test_unpenalised_requests_are_drafted_for_beside_penalised_ones(tlt):
+    assert accept_length(BATCHES["penalised"], tlt["penalised"], "unpenalised") >= 1.3
+
+
+def test_greedy_requests_stay_greedy_beside_sampled_ones(tlt, model):
+    inputs = torch.tensor([PROMPT])
+    wanted = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, min_new_tokens=12)
+    outputs = BATCHES["cut"].outputs(tlt["cut"], "greedy")
+    assert outputs == [wanted[0, len(PROMPT) :].tolist()] * (8 * CALLS)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_logprobs_are_the_targets_at_the_sampling_temperature(tlt, model, name):
+    outputs = BATCHES["scored"].outputs(tlt["scored"], name)
+    found = BATCHES["scored"].outputs(tlt["scored"], name, "logprobs")
+    params = SCORED[name] | ({"temperature": 1.0} if name == "greedy" else {})
+    for output, logprobs in zip(outputs, found, strict=True):
+        wanted = sequence_logprobs(model, PROMPT, output, params)
+        assert len(logprobs) == 12
+        torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain(folder, model):
+    """The answers of an engine without speculation: penalised requests, and top-k with top-p."""
+    return run(folder, [BATCHES["penalised"], JOINT_ALONE], attention_backend="tlt_cpu")
+
+
+@pytest.mark.parametrize("name", PENALISED)
+def test_the_exact_distribution_is_the_engines_own_with_penalties(plain, exact, name):
+    assert compared(BATCHES["penalised"].outputs(plain[0], name), exact, CASES[name]).p > ALPHA
+
+
+def test_the_exact_distribution_is_the_engines_own_with_top_k_and_top_p(plain, exact):
+    assert compared(plain[1]["output_ids"], exact, CASES[JOINT]).p > ALPHA
+
+
+def test_negative_control_argmax_verification_fails(folder, drafter, exact):
+    (answer,) = run(folder, [T1_ALONE], **speculative("EAGLE", CHAIN, drafter))
+    assert compared(answer["output_ids"], exact, CASES["T=1"]).p < 1e-6
+
+
+@pytest.fixture(scope="module")
+def stock_sampling(folder, drafter):
+    """Stock EAGLE that samples as it does on CUDA: T=1, and top-k with top-p."""
+    plugins = write_plugin(folder / "plugins")
+    return run(folder, [T1_ALONE, JOINT_ALONE], plugins=plugins, **speculative("EAGLE", CHAIN, drafter))
+
+
+def test_the_stock_control_is_right_where_stock_verification_is(stock_sampling, exact):
+    assert compared(stock_sampling[0]["output_ids"], exact, CASES["T=1"]).p > ALPHA
+
+
+def test_negative_control_stock_verification_of_top_k_with_top_p_fails(stock_sampling, exact):
+    assert compared(stock_sampling[1]["output_ids"], exact, CASES[JOINT]).p < 1e-6
