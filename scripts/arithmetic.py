@@ -14,7 +14,7 @@ import zlib
 
 DATA_SOURCE = "arithmetic/addition"
 MEDIAN_DIGITS = 3
-SPREAD = 0.75  # sigma of ln(digits): p99 is exp(2.33 * 0.75) = 5.7 times the median
+SPREAD = 0.85  # sigma of ln(digits): p99 is exp(2.33 * 0.85) = 7 times the median; models cut corners on the longest
 MAX_DIGITS = 24
 ANSWER_PREFIX = "Answer: "
 

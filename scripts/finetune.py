@@ -42,7 +42,7 @@ class Row(NamedTuple):
 class Recipe:
     """Everything that decides the bits of the result, apart from the base model, the data and the number of threads."""
 
-    steps: int = 140
+    steps: int = 110
     seed: int = 0
     row_tokens: int = 1024  # one row is one step: about seven samples
     lr: float = 3e-4

@@ -126,7 +126,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=256, help="rows in arithmetic/test.parquet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", type=Path, metavar="MODEL", help="sample from this model and print the figures")
-    parser.add_argument("--measure-prompts", type=int, default=48, help="prompts of each set to measure with")
+    parser.add_argument("--measure-prompts", type=int, default=64, help="prompts of each set to measure with")
     parser.add_argument("--measure-tokens", type=int, default=768, help="longest response to measure with")
     parser.add_argument("--threads", type=int, default=None, help="threads to compute with (default: torch's choice)")
     return parser.parse_args()

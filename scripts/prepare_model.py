@@ -7,7 +7,7 @@ about half the time, with a long tail of lengths. One sample in eight is the ins
 open-ended request: without them it answers everything in columns of digits.
 
 Deterministic, resumable (a kill loses at most `--checkpoint-every` steps), cached by a fingerprint of the recipe, the
-base model and the training data. About six minutes on two quiet cores with AMX.
+base model and the training data. About five minutes on two quiet cores with AMX.
 """
 
 import argparse
