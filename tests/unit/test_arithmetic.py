@@ -61,7 +61,7 @@ def test_lengths_have_a_long_tail():
     rng = random.Random(1)
     lengths = [len(arithmetic.worked_solution(*arithmetic.draw_problem(rng))) for _ in range(4000)]
     median, p99 = np.percentile(lengths, [50, 99])
-    assert p99 / median >= 4.5
+    assert p99 / median >= 5
 
 
 def test_verl_finds_the_reward_by_path():
