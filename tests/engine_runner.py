@@ -25,6 +25,7 @@ ENGINE = {
     "disable_overlap_schedule": True,
     "log_level": "warning",
     "random_seed": 1,
+    "sleep_on_idle": True,
 }
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}

@@ -2,10 +2,11 @@
 
 The joint distribution of the first tokens of a request, from at least 20,000 samples a case, against the exact one by
 chi-square. The first token comes from the prefill, all others from verification; tokens 3 to 5 need accepted drafts of
-every depth. Each result prints the smallest departure that it would have seen: with about 400 cells and 20,480 samples
-any distribution at a total variation of 0.05 from the exact one fails with a probability of 0.99, at a significance of
-2e-5 a test (false alarms of the whole file: less than 1 in 1,000). Engines are seeded and get their batches whole, so a
-result is the same in every run.
+every depth. Each result prints the smallest departure that it would have seen: with 20,000 samples, at a significance
+of 2e-5, any distribution at a total variation of 0.054 or more from the exact one (0.032 with top-k and top-p) fails
+with a probability of at least 0.99; with the 4,096 of a penalised case, of 0.1. There are 31 such tests: a right engine
+fails the file less than once in 1,000. Engines are seeded and get each batch whole, so a result is the same in every
+run.
 
 What it would catch: argmax in place of sampling, cuts in another order or another set, a draft that is accepted more
 often than the target wills, a bonus token from the wrong node, wrong tree masks, positions or cache rows, and
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 PROMPT = [1, 5, 7, 2, 9, 3]
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
 TIMEOUT_S = 600
-SAMPLES, CALLS = 20480, 20
+SAMPLES, CALLS = 20000, 10
 FEWER, FEWER_CALLS = 4096, 4  # where 20,000 are not asked for
 
 PLAIN = {
@@ -46,13 +47,14 @@ CUT = {
 }
 JOINT = "top_k=6, top_p=0.8, T=0.8"
 PENALISED = {
-    "repetition_penalty": {"temperature": 1.0, "repetition_penalty": 1.3},
+    "repetition_penalty": {"temperature": 0.7, "repetition_penalty": 1.8},
     "frequency and presence": {"temperature": 0.7, "frequency_penalty": 0.6, "presence_penalty": 0.5},
-    "min_new_tokens": {"temperature": 1.0, "min_new_tokens": 2},
+    "min_new_tokens": {"temperature": 1.0, "min_new_tokens": 3, "max_new_tokens": 4},
     "logit_bias": {"temperature": 1.0, "logit_bias": {"3": 1.5, "8": -2.0}},
     "unpenalised": {"temperature": 1.0},
 }
 CASES = PLAIN | CUT | PENALISED
+SPANS = {"min_new_tokens": (1, 4)}  # the tokens to compare, where it is not the first three
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12}
 SCORED = {
     "T=1": {"temperature": 1.0},
@@ -128,7 +130,7 @@ def exact(model):
 def run(folder, batches, **options):
     """The answer to each batch, from one engine. With a tokenizer, for `min_new_tokens`."""
     jobs = [batch.job for batch in batches]
-    more = {"skip_tokenizer_init": False, "max_running_requests": 256}
+    more = {"skip_tokenizer_init": False, "max_running_requests": 512, "disable_radix_cache": True}  # for speed
     return run_engine(folder / "target", jobs, timeout_s=TIMEOUT_S, **more, **options)
 
 
@@ -173,7 +175,7 @@ def test_later_tokens_follow_the_exact_distribution(tlt, exact):
 @pytest.mark.parametrize("name", PENALISED)
 def test_penalised_requests_follow_the_exact_distribution_in_a_mixed_batch(tlt, exact, name):
     outputs = BATCHES["penalised"].outputs(tlt["penalised"], name)
-    assert compared(outputs, exact, CASES[name]).p > ALPHA
+    assert compared(outputs, exact, CASES[name], *SPANS.get(name, ())).p > ALPHA
 
 
 def test_unpenalised_requests_are_drafted_for_beside_penalised_ones(tlt):
@@ -206,7 +208,8 @@ def plain(folder, model):
 
 @pytest.mark.parametrize("name", PENALISED)
 def test_the_exact_distribution_is_the_engines_own_with_penalties(plain, exact, name):
-    assert compared(BATCHES["penalised"].outputs(plain[0], name), exact, CASES[name]).p > ALPHA
+    outputs = BATCHES["penalised"].outputs(plain[0], name)
+    assert compared(outputs, exact, CASES[name], *SPANS.get(name, ())).p > ALPHA
 
 
 def test_the_exact_distribution_is_the_engines_own_with_top_k_and_top_p(plain, exact):
