@@ -29,7 +29,7 @@ from tlt_verl.report.console import (
 # What the run is doing, by a text that its output then contains.
 _STAGES = (
     ("Started a local Ray instance", "Ray is up; starting the trainer"),
-    ("SGLang http server", "starting the rollout engine"),
+    ("server: rollout_mode=", "starting the rollout engine"),
     ("Training Progress:   0%", "training"),
     ("tlt fingerprint:", ""),
     ("precision mix that drifts", ""),
@@ -51,6 +51,7 @@ class Watcher:
         self._log, self._show, self._clock = log, show, clock
         self._start = self._shown = clock()
         self._stage = "starting"
+        self._passed = {self._stage}
 
     def line(self, line: str) -> None:
         """Take the next line of the run's output."""
@@ -89,8 +90,9 @@ class Watcher:
         """A stage is said once; a line that is a message itself is shown as it is."""
         if not stage:
             self._say(text)
-        elif stage != self._stage:
+        elif stage not in self._passed:
             self._stage = stage
+            self._passed.add(stage)
             self._say(f"  {stage}, {self._clock() - self._start:.0f} s")
 
     def _say(self, text: str) -> None:
