@@ -40,6 +40,9 @@ $python scripts/prepare_model.py
 [ -f data/arithmetic/train.parquet ] || $python scripts/make_data.py
 
 name="$rollout-$(date +%Y%m%d-%H%M%S)"
+for override in "$@"; do
+  case "$override" in trainer.experiment_name=*) name=${override#*=} ;; esac
+done
 overrides=(actor_rollout_ref.rollout.name="$rollout" trainer.total_training_steps="$steps"
   trainer.n_gpus_per_node="$replicas" trainer.experiment_name="$name")
 if [ "$rollout" = sglang ]; then
