@@ -65,6 +65,7 @@ def test_lengths_have_a_long_tail():
 
 
 def test_verl_finds_the_reward_by_path():
-    utils = pytest.importorskip("verl.utils.import_utils")
+    from verl.utils import import_utils as utils
+
     score = utils.load_extern_object(module_path=str(SCRIPTS / "arithmetic.py"), object_name="compute_score")
     assert score(data_source=arithmetic.DATA_SOURCE, solution_str="Answer: 7", ground_truth="7", extra_info={}) == 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tlt_verl.config import PREFIX, ConfigError, Strategy, TLTConfig, load_config, options
@@ -74,7 +75,7 @@ def test_off_in_yaml_is_the_strategy_off_with_and_without_quotes(text):
 
 
 def test_an_override_on_hydras_command_line_reads_as_written():
-    parser = pytest.importorskip("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    parser = OverridesParser.create()
     value = parser.parse_override("+strategy.arms=[eagle:3x2@6]").value()
     assert load_config({"strategy": {"arms": value}}).strategy.parsed() == (Strategy("eagle", 3, 2, 6),)
 
