@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_runner import CHAIN, TREE, job, run_engine, speculative
 from fitted_drafter import fit_drafter
+from random_weights import spread_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -41,13 +42,7 @@ def make_target(folder):
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config).float().eval()
-    scales = {"embed_tokens": 1.0, "lm_head": 0.25}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.8, 1.25)
-            else:
-                parameter.normal_(0, next((scale for part, scale in scales.items() if part in name), 0.05))
+    spread_weights(model, 0.05)
     model.save_pretrained(folder)
     return model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from random_weights import spread_weights
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -32,13 +33,7 @@ def make_target(folder: Path, seed: int = 1) -> LlamaForCausalLM:
         eos_token_id=EOS,
     )
     model = LlamaForCausalLM(config).float().eval()
-    scales = {"embed_tokens": 1.0, "lm_head": 0.25}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.8, 1.25)
-            else:
-                parameter.normal_(0, next((scale for part, scale in scales.items() if part in name), 0.13))
+    spread_weights(model, 0.13)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{EOS}").save_pretrained(folder)
