@@ -7,11 +7,16 @@ engine's Python interface and nothing of what the tests look for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +49,31 @@ def speculative(algorithm: str, shape: dict[str, int], drafter: Path) -> dict[st
 
 
 def job(
-    prompts: list[list[int]], params: list[dict[str, Any]], *, calls: int = 1, logprobs: bool = False
+    prompts: list[list[int]],
+    params: list[dict[str, Any]],
+    *,
+    calls: int = 1,
+    logprobs: bool = False,
+    commands: dict[str, float] | None = None,
+    abort_after_s: float | None = None,
 ) -> dict[str, Any]:
     """`calls` calls of `Engine.generate` with the same batch: a prompt and sampling parameters a request.
 
     A batch reaches the scheduler as one message, so that its batches, and with a seeded engine its samples, are the
     same in every run.
+
+    Args:
+        commands: for the worker of an engine with the algorithm TLT, before the job.
+        abort_after_s: abort all that is running after this time.
     """
-    return {"prompts": prompts, "params": params, "calls": calls, "logprobs": logprobs}
+    return {
+        "prompts": prompts,
+        "params": params,
+        "calls": calls,
+        "logprobs": logprobs,
+        "commands": commands,
+        "abort_after_s": abort_after_s,
+    }
 
 
 def run_engine(
@@ -60,32 +82,39 @@ def run_engine(
     *,
     timeout_s: float,
     plugins: Path | None = None,
+    environment: dict[str, str] | None = None,
+    segments: tuple[str, Path] | None = None,
     **options: Any,
-) -> list[dict[str, list[Any]]]:
+) -> list[dict[str, Any]]:
     """Boot an engine with `ENGINE | options`, run the jobs in order, shut it down.
 
     Args:
         plugins: a folder to put on the engine's import path, with the metadata of a plugin.
+        environment: more variables for the engine's processes.
+        segments: read the rings of this name while the jobs run, and save the list of their segments in this file.
 
     Returns:
-        For each job, lists with an entry a request, call after call: `output_ids`, `logprobs` (of the output tokens,
-        where asked for) and the counters of `meta_info`.
+        For each job, lists with an entry a request, call after call: `output_ids`, `request_ids`, `logprobs` (of the
+        output tokens, where asked for) and the counters of `meta_info`; and `state`, a list of one, the worker's after it.
     """
-    request = {"engine": ENGINE | {"model_path": str(model)} | options, "jobs": jobs}
+    request = {"engine": ENGINE | {"model_path": str(model)} | options, "jobs": jobs, "segments": None}
+    if segments is not None:
+        request["segments"] = [segments[0], str(segments[1])]
     paths = [str(plugins)] if plugins else []
     with tempfile.TemporaryDirectory() as scratch:
         given, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
         given.write_text(json.dumps(request))
-        environment = os.environ | {
+        variables = os.environ | {
             "SGLANG_USE_CPU_ENGINE": "1",
             "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": scratch,
             "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            **(environment or {}),
         }
         command = [sys.executable, __file__, str(given), str(answer)]
         with Path(scratch, "log.txt").open("w+") as log:
             try:
-                code = _run(command, environment, log, timeout_s)
+                code = _run(command, variables, log, timeout_s)
             finally:
                 log.seek(0)
                 text = log.read()
@@ -111,22 +140,70 @@ def main(given: Path, answer: Path) -> None:
     request = json.loads(given.read_text())
     engine = sglang.Engine(**request["engine"])
     try:
-        answer.write_text(json.dumps([_answer(engine, each) for each in request["jobs"]]))
+        with _reading(request["segments"]):
+            answer.write_text(json.dumps([_answer(engine, each) for each in request["jobs"]]))
     finally:
         engine.shutdown()
 
 
-def _answer(engine: Any, asked: dict[str, Any]) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {name: [] for name in ("output_ids", "logprobs", *_COUNTERS)}
+@contextlib.contextmanager
+def _reading(segments: list[str] | None) -> Iterator[None]:
+    """Read the rings in a thread for as long as the jobs run, as a spot worker would, and save what was read."""
+    if segments is None:
+        yield
+        return
+    import torch
+
+    from tlt_verl.segments import SegmentReader, find_rings
+
+    name, path = segments
+    readers = [SegmentReader(ring) for ring in find_rings(name)]
+    assert readers, f"no ring {name}"
+    ended, found = threading.Event(), []
+
+    def read() -> None:
+        while True:
+            last = ended.is_set()
+            for reader in readers:
+                found.extend(reader.poll())
+            if last:
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert sum(reader.lost + reader.torn for reader in readers) == 0
+    torch.save([dataclasses.asdict(segment) for segment in found], path)
+
+
+def _answer(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {name: [] for name in ("output_ids", "request_ids", "logprobs", "finish", *_COUNTERS)}
+    if asked["commands"]:
+        from tlt_verl.engine import client
+
+        assert engine.loop.run_until_complete(client.command(engine.tokenizer_manager, **asked["commands"]))
+    if asked["abort_after_s"] is not None:
+        abort = partial(
+            engine.loop.call_soon_threadsafe, partial(engine.tokenizer_manager.abort_request, abort_all=True)
+        )
+        threading.Timer(asked["abort_after_s"], abort).start()
     for _ in range(asked["calls"]):
         for response in engine.generate(
             input_ids=asked["prompts"], sampling_params=asked["params"], return_logprob=asked["logprobs"]
         ):
             meta = response["meta_info"]
             out["output_ids"].append(response["output_ids"])
+            out["request_ids"].append(meta["id"])
+            out["finish"].append(meta["finish_reason"]["type"])
             out["logprobs"].append([entry[0] for entry in meta.get("output_token_logprobs", ())])
             for name in _COUNTERS:
                 out[name].append(meta.get(name, 0))
+    out["state"] = [engine.loop.run_until_complete(engine.tokenizer_manager.get_internal_state())[0].get("tlt")]
     return out
 
 

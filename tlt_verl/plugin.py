@@ -125,13 +125,22 @@ def sglang_plugin() -> None:
     from sglang.srt.utils import is_cpu
 
     from tlt_verl.engine import algorithm, fingerprint, verify
-    from tlt_verl.patches import sglang_algorithm, sglang_spec_counters, sglang_verify, sglang_weight_fingerprint
+    from tlt_verl.patches import (
+        sglang_algorithm,
+        sglang_batch_result,
+        sglang_internal_state,
+        sglang_spec_counters,
+        sglang_verify,
+        sglang_weight_fingerprint,
+    )
 
     if is_cpu():
         _install_sglang_on_cpu()
     _install(sglang_verify.SEAM, verify.eagle_sample)
     _install(sglang_spec_counters.SEAM)
     _install(sglang_weight_fingerprint.SEAM, fingerprint.fingerprints_of)
+    _install(sglang_batch_result.SEAM)
+    _install(sglang_internal_state.SEAM)
     _install(sglang_algorithm.SEAM, algorithm.NAME, algorithm.TLTAlgorithm, validate_server_args, _worker_class)
 
 
@@ -149,10 +158,14 @@ def _install_sglang_on_cpu() -> None:
 
 
 def _worker_class(server_args: ServerArgs) -> type:
+    from tlt_verl.drafter import is_untrained
+    from tlt_verl.engine.options import EngineOptions
     from tlt_verl.engine.worker import TLTWorker
     from tlt_verl.patches import hooks
 
     hooks.assert_applied()
+    TLTWorker.options = EngineOptions.from_environment()
+    TLTWorker.drafter_trained = not is_untrained(server_args.speculative_draft_model_path)
     return TLTWorker
 
 
@@ -162,7 +175,7 @@ def validate_server_args(server_args: ServerArgs) -> None:
     Raises:
         ValueError: names the option, the value and the cure.
     """
-    from tlt_verl.drafter import prepare_drafter
+    from tlt_verl.drafter import HOT_TOKENS, prepare_drafter
     from tlt_verl.engine import algorithm
     from tlt_verl.patches import hooks
 
@@ -175,5 +188,7 @@ def validate_server_args(server_args: ServerArgs) -> None:
         target_option="model_path",
     )
     server_args.speculative_draft_model_path = str(path)
+    if server_args.speculative_token_map is None and (path / HOT_TOKENS).is_file():
+        server_args.speculative_token_map = str(path / HOT_TOKENS)
     if server_args.load_format == "dummy" and server_args.speculative_draft_load_format is None:
         server_args.speculative_draft_load_format = "auto"  # the policy's weights are synced, the drafter's are not

@@ -241,6 +241,11 @@ def _is_made_from(folder: Path, fingerprint: str) -> bool:
     return found == fingerprint
 
 
+def is_untrained(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder is a drafter as it was made from a target, which nobody has trained since."""
+    return _made_from(Path(folder)) is not None
+
+
 def _made_from(folder: Path) -> str | None:
     """The fingerprint in a drafter's header; None when the folder is not a drafter that was made here."""
     if not (folder / "config.json").is_file():

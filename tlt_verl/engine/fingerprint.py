@@ -19,8 +19,8 @@ def fingerprints_of(model: Any) -> dict[str, str]:
     return fingerprints(unfused(model))
 
 
-def unfused(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an SGLang model under their checkpoint names.
+def unfused(model: Any, tp_size: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an SGLang model under their checkpoint names; of one rank's share where there are several.
 
     Splits `qkv_proj` and `gate_up_proj`; drops the padding rows of the vocabulary; leaves out a head that is the
     embedding.
@@ -30,7 +30,8 @@ def unfused(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = parameter.data
         if ".qkv_proj." in name:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+            query = config.num_attention_heads // tp_size * head_dim
+            key = max(1, config.num_key_value_heads // tp_size) * head_dim
             for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.split([query, key, key]), strict=True):
                 yield name.replace("qkv_proj", part), rows
         elif ".gate_up_proj." in name:

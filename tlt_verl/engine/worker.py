@@ -1,21 +1,140 @@
 """The worker of the algorithm TLT: SGLang's EAGLE worker, whose drafter belongs to us.
 
 A weight update carries the policy. It goes to the target alone; the drafter's own tensors are only ever written by a
-drafter publication. Embedding and head are the target's, shared by reference, and follow it.
+publication. Embedding and head are the target's, shared by reference, and follow it. What a forward pass computed goes
+to the tap when the scheduler has processed its result, for only then it is known which tokens the response keeps.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import os
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
+from tlt_verl.engine import tap_batch
+from tlt_verl.engine.drafting import Drafting
+from tlt_verl.engine.options import EngineOptions
+from tlt_verl.engine.publication import Publications
+from tlt_verl.engine.tap import Tap
+from tlt_verl.segments import SegmentWriter
+
+logger = logging.getLogger(__name__)
+
+SLOT_TOKENS = 64
+"""Tokens of one slot of the ring: what is the most that a reader waits for in a response that goes on."""
+
+_TAPPED = "tlt_tapped"  # attribute of a GenerationBatchResult
+
 
 class TLTWorker(EAGLEWorkerV2):
-    """EAGLE's worker with a drafter that policy updates never touch."""
+    """EAGLE's worker with a drafter that policy updates never touch, a tap, publications, and drafting on and off.
+
+    `options` and `drafter_trained` are set by the plugin before the class is made an instance of.
+    """
+
+    options: ClassVar[EngineOptions] = EngineOptions()
+    drafter_trained: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.policy_version = 0
+        self._policy_changed = False
+        self._tap = self._open_tap() if self.options.tap is not None and self.ps.tp_rank == 0 else None
+        self._tap_failures = int(self.options.tap is not None and self.ps.tp_rank == 0 and self._tap is None)
+
+    def init_cuda_graphs(self) -> None:
+        """SGLang's graphs, and those of decoding without drafts: the last part of the engine's start."""
+        super().init_cuda_graphs()
+        self._drafting = Drafting(self)
+        self._publications = Publications(
+            Path(self.options.publications or os.devnull),
+            self._draft_worker,
+            lambda: self.target_worker.model_runner.model.get_embed_and_head()[1].data,
+            self._all_ranks_agree,
+            self.ps.tp_size,
+            resizable=self.target_worker.model_runner.decode_cuda_graph_runner is None,
+        )
+        if not (self.drafter_trained or self.options.draft_untrained):
+            logger.info("tlt: the drafter was never trained; drafting begins with the first publication")
+            self._drafting.turn(False)
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """EAGLE's step; what the tap will need of it is noted on the result."""
+        if self._policy_changed:
+            self.policy_version, self._policy_changed = self.policy_version + 1, False
+        is_prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+        lens = (list(batch.prefix_lens), list(batch.extend_lens)) if is_prefill and self._tap is not None else ()
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if self._tap is not None and not batch.forward_mode.is_idle():
+            hidden = result.logits_output.hidden_states
+            if hidden.device.type != "cpu":  # a captured graph writes its next answer to the same memory
+                hidden = hidden.clone()
+            setattr(result, _TAPPED, tap_batch.Tapped(hidden, self.policy_version, *lens))
+        return result
+
+    # --- the scheduler's side: called through the seams sglang.batch_result and sglang.internal_state
+
+    def process_batch_result(self, process: Any, batch: Any, result: Any) -> Any:
+        """Run the scheduler's own `process`, with the tap and the counters of what was not drafted around it."""
+        tapped = getattr(result, _TAPPED, None)
+        live = tap_batch.active(batch)
+        starts = tap_batch.verify_starts(batch) if tapped is not None and tapped.extend_lens is None else []
+        if result.accept_lens is not None and result.speculative_num_draft_tokens == 1:
+            for req, is_live in zip(batch.reqs, live, strict=True):
+                req.spec_verify_ct -= is_live  # the scheduler counts it; decoding without drafts verifies nothing
+        answer = process(batch, result)
+        if tapped is not None and self._tap is not None:
+            try:
+                self._record(self._tap, tapped, batch, result, starts, live)
+            except Exception:  # the rollout comes first: the tap ends, and says so in the log and in the counters
+                logger.exception("tlt: the tap failed and is closed; rollouts go on")
+                self._tap_failures, tap, self._tap = self._tap_failures + 1, self._tap, None
+                tap.close()
+        return answer
+
+    def control(self, commands: dict[str, float]) -> bool:
+        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` 1 or 0."""
+        done = True
+        for name, value in commands.items():
+            if name == "stage":
+                done &= self._publications.stage(int(value))
+            elif name == "publish":
+                published = self._publications.publish(int(value))
+                if published and not self._drafting.is_on:
+                    self._drafting.turn(True)
+                done &= published
+            elif name == "drafting":
+                self._drafting.turn(bool(value))
+            else:
+                done = False
+        return done
+
+    def state(self) -> dict[str, Any]:
+        """Versions and counters, for the engine's front."""
+        publications = self._publications
+        return {
+            "policy_version": self.policy_version,
+            "drafting": self._drafting.is_on,
+            "drafter": {
+                "version": publications.version,
+                "staged": publications.staged,
+                "staging": publications.staging,
+                "rejected": dict(publications.rejected),
+                "reason": publications.reason,
+                "pause_ms": 1e3 * publications.pause_s,
+            },
+            "tap": {**(self._tap.metrics() if self._tap is not None else {}), "failures": self._tap_failures},
+        }
+
+    # --- weight updates
 
     def update_weights_from_tensor(self, recv_req: UpdateWeightsFromTensorReqInput) -> tuple[bool, str]:
         """Load the policy's tensors into the target, then let the drafter's shared tensors follow."""
@@ -37,6 +156,7 @@ class TLTWorker(EAGLEWorkerV2):
 
     def _follow_target(self) -> None:
         """Share embedding and head again where an update replaced the target's tensors instead of filling them."""
+        self._policy_changed = True
         draft_worker = self._draft_worker
         embed, head = self.target_worker.model_runner.model.get_embed_and_head()
         drafter = draft_worker.draft_runner.model
@@ -46,3 +166,38 @@ class TLTWorker(EAGLEWorkerV2):
             draft_worker.init_lm_head()
         if drafter.model.embed_tokens.weight.data_ptr() != embed.data_ptr():
             draft_worker.init_lm_head()
+
+    # --- parts
+
+    def _open_tap(self) -> Tap | None:
+        """The tap into this scheduler's ring; None, said in the log, where the ring cannot be made."""
+        width = self.target_worker.model_config.hidden_size
+        slot_bytes = SLOT_TOKENS * (2 * width + 6)
+        try:
+            writer = SegmentWriter(
+                f"{self.options.tap}-{os.getpid()}",
+                hidden_width=width,
+                slots=max(2, self.options.tap_bytes // slot_bytes),
+                slot_tokens=SLOT_TOKENS,
+            )
+        except OSError as error:
+            logger.error("tlt: no tap, rollouts go on without it: %s", error)
+            return None
+        stream = None if self.device == "cpu" else torch.get_device_module(self.device).Stream()
+        return Tap(writer, slot_tokens=SLOT_TOKENS, max_tokens_per_step=self.options.tap_tokens_per_step, stream=stream)
+
+    @staticmethod
+    def _record(tap: Tap, tapped: tap_batch.Tapped, batch: Any, result: Any, starts: Any, live: Any) -> None:
+        if tapped.extend_lens is not None:
+            stretches = tap_batch.prefill_stretches(batch, tapped)
+        else:
+            stretches = tap_batch.verify_stretches(batch, result, starts, live)
+        ended = [req for req, was_live in zip(batch.reqs, live, strict=True) if was_live and req.finished()]
+        tap.record(stretches, tapped.hidden, tapped.version, ended)
+
+    def _all_ranks_agree(self, yes: bool) -> bool:
+        if self.ps.tp_size == 1:
+            return yes
+        vote = torch.tensor([int(yes)])
+        torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+        return bool(vote.item())

@@ -1,0 +1,74 @@
+"""SGLang's internal state, for commands to the drafter's owner and for its counters.
+
+`set_internal_state` takes numbers by name, reaches every tensor-parallel rank at the same point of its loop, and does
+not wait for the requests in flight, as weight updates do. Names with our prefix go to the scheduler's worker; `get` adds
+what the worker says under one key. The rest goes to the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tlt_verl.patches import hooks
+from tlt_verl.patches.seam import Seam, Target
+
+PREFIX = "tlt_"
+KEY = "tlt"
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+
+
+def _set(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    named = recv_req.server_args
+    ours = {name.removeprefix(PREFIX): value for name, value in named.items() if name.startswith(PREFIX)}
+    control = getattr(scheduler.draft_worker, "control", None)
+    if not ours or control is None:
+        return original(scheduler, recv_req)
+    if len(ours) < len(named):
+        return SetInternalStateReqOutput(updated=False)
+    return SetInternalStateReqOutput(updated=control(ours))
+
+
+def _get(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    output = original(scheduler, recv_req)
+    state = getattr(scheduler.draft_worker, "state", None)
+    if state is not None:
+        output.internal_state[KEY] = state()
+    return output
+
+
+def _install() -> None:
+    hooks.around(SEAM.name, f"{_SCHEDULER}.set_internal_state", _set)
+    hooks.around(SEAM.name, f"{_SCHEDULER}.get_internal_state", _get)
+
+
+SEAM = Seam(
+    name="sglang.internal_state",
+    package="sglang",
+    versions=">=0.5.17,<0.5.18",
+    targets=(
+        Target(
+            path=f"{_SCHEDULER}.set_internal_state",
+            parameters=("recv_req",),
+            source_contains=("recv_req.server_args", "SetInternalStateReqOutput(updated="),
+        ),
+        Target(
+            path=f"{_SCHEDULER}.get_internal_state",
+            parameters=("recv_req",),
+            source_contains=("GetInternalStateReqOutput(internal_state=",),
+        ),
+        Target(
+            path="sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.set_internal_state",
+            parameters=("obj",),
+            source_contains=("set_internal_state_communicator(obj)",),
+        ),
+        Target(
+            path="sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.get_internal_state",
+            source_contains=("res.internal_state for res in responses",),
+        ),
+    ),
+    why="Publication of drafters while requests are in flight, and the plugin's counters.",
+    install=_install,
+)

@@ -1,0 +1,176 @@
+"""The tap in a real engine: every kept token once, under its position, with the hidden state that the target has there.
+
+The reference is a fresh forward pass of the Hugging Face model over prompt and response. One engine a shape of drafts;
+its jobs share prefixes (32 prompts in families, each family again on prefix-cache hits), prefill in chunks, are
+retracted and run again every few steps, are aborted, stop in the middle of an accepted chain, and go on with drafting
+turned off and on again.
+
+What it would catch: rows of refused drafts, rows of a tree in the wrong order, a position twice after a retraction or
+with the hidden state of another request, tokens behind the end of a response, log-probs shifted by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from engine_runner import CHAIN, TREE, job, run_engine, speculative
+from fitted_drafter import fit_drafter
+from random_weights import spread_weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tlt_verl.engine.options import EngineOptions
+
+pytestmark = pytest.mark.slow
+
+VOCAB, CHUNK, TIMEOUT_S = 256, 24, 600
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "ignore_eos": True}
+SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tap")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).float().eval()
+    spread_weights(model, 0.05)
+    model.save_pretrained(folder / "target")
+    fit_drafter(model, folder / "drafter")
+    return model, folder
+
+
+def jobs() -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    families = torch.randint(0, VOCAB, (4, 20), generator=generator).tolist()
+    own = [torch.randint(0, VOCAB, (3 + i % 40,), generator=generator).tolist() for i in range(32)]
+    prompts = [families[i % 4] + own[i] for i in range(32)]
+    lengths = [8 + 5 * (i % 9) for i in range(32)]
+
+    def batch(base: dict, begin: int, end: int, **more):
+        return job(prompts[begin:end], [{**base, "max_new_tokens": n} for n in lengths[begin:end]], **more)
+
+    stopping = [{"temperature": 1.0, "max_new_tokens": 60, "stop_token_ids": list(range(0, VOCAB, 16))}] * 8
+    return [
+        batch(SAMPLED, 0, 16, logprobs=True),
+        batch(GREEDY, 16, 32),
+        batch(SAMPLED, 0, 16),  # on prefix-cache hits
+        batch(SAMPLED, 16, 24, commands={"drafting": 0}, logprobs=True),
+        batch(SAMPLED, 24, 32, commands={"drafting": 1}),
+        job(prompts[:8], stopping, logprobs=True),
+        job(prompts[8:16], [{**SAMPLED, "max_new_tokens": 420}] * 8, abort_after_s=0.3),
+    ]
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def recorded(request, target):
+    """(jobs, answers, segments by request) of one shape of drafts."""
+    _, folder = target
+    saved = folder / f"segments-{request.param.split()[0]}.pt"
+    name = f"test-tap-{request.param.split()[0]}"
+    options = EngineOptions(tap=name, tap_bytes=32 << 20)
+    environment = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    options.export(environment)
+    asked = jobs()
+    answers = run_engine(
+        folder / "target",
+        asked,
+        timeout_s=TIMEOUT_S,
+        environment=environment,
+        segments=(name, saved),
+        chunked_prefill_size=CHUNK,
+        **speculative("TLT", SHAPES[request.param], folder / "drafter"),
+    )
+    segments = defaultdict(list)
+    for segment in torch.load(saved):
+        segments[segment["request_id"]].append(segment)
+    return asked, answers, segments
+
+
+def requests(recorded):
+    """(prompt, response, log-probs, segments) of each request."""
+    asked, answers, segments = recorded
+    for one, answer in zip(asked, answers, strict=True):
+        for i, prompt in enumerate(one["prompts"]):
+            yield prompt, answer["output_ids"][i], answer["logprobs"][i], segments[answer["request_ids"][i]]
+
+
+def test_what_should_have_happened_did(recorded):
+    asked, answers, segments = recorded
+    assert sum(answers[2]["cached_tokens"]) > 16 * 16, "no prefix-cache hits"
+    assert any(len(prompt) > CHUNK for prompt in asked[0]["prompts"])
+    assert sum(answers[3]["spec_verify_ct"]) == 0, "drafting was not off"
+    assert sum(answers[4]["spec_verify_ct"]) > 0
+    assert sum(answers[0]["spec_num_correct_drafts"]) > 0.2 * sum(answers[0]["spec_verify_ct"])
+    assert "stop" in answers[5]["finish"]
+    assert "abort" in answers[6]["finish"]
+    state = answers[-1]["state"][0]
+    assert state["tap"]["failures"] == 0 and state["tap"]["dropped"] == 0
+    assert state["tap"]["tokens"] == sum(len(s["tokens"]) for group in segments.values() for s in group) > 1000
+
+
+def test_every_kept_token_is_recorded_once_under_its_position(recorded):
+    kept = 0
+    for prompt, response, _, segments in requests(recorded):
+        tokens, positions = prompt + response, []
+        for segment in segments:
+            start, count = segment["start"], len(segment["tokens"])
+            assert segment["tokens"].tolist() == tokens[start : start + count]
+            assert segment["prompt_len"] == len(prompt)
+            positions += range(start, start + count)
+        assert len(positions) == len(set(positions)), "a position was recorded twice"
+        # the last token is never read by a forward pass, unless it was accepted before the end was known
+        assert set(range(len(prompt), len(tokens) - 1)) <= set(positions) <= set(range(len(tokens)))
+        assert positions == sorted(positions)
+        kept += len(response)
+    assert kept >= 1000
+
+
+def test_hidden_states_are_the_targets(recorded, target):
+    model, _ = target
+    worst = 0.0
+    for prompt, response, _, segments in requests(recorded):
+        with torch.no_grad():
+            wanted = model.model(torch.tensor([prompt + response])).last_hidden_state[0]
+        for segment in segments:
+            rows = wanted[segment["start"] : segment["start"] + len(segment["tokens"])]
+            # a bfloat16 has 8 bits: rounding a float32 is off by 2**-9 of it at most
+            torch.testing.assert_close(segment["hidden"].float(), rows, rtol=2**-8, atol=1e-4)
+            worst = max(worst, float((segment["hidden"].float() - rows).abs().max()))
+    print(f"largest difference of a hidden state, recorded in bfloat16: {worst:.1e}")
+
+
+def test_log_probs_are_those_of_the_answer(recorded):
+    compared = 0
+    for prompt, _, logprobs, segments in requests(recorded):
+        for segment in segments:
+            for position, value in enumerate(segment["logprobs"].tolist(), segment["start"]):
+                if position < len(prompt) or not logprobs:
+                    assert math.isnan(value)
+                else:
+                    assert value == pytest.approx(logprobs[position - len(prompt)], rel=2e-3, abs=2e-3)
+                    compared += 1
+    assert compared > 500
+
+
+def test_siblings_share_a_prompt_id_and_others_do_not(recorded):
+    asked, _, _ = recorded
+    ids = defaultdict(set)
+    for prompt, _, _, segments in requests(recorded):
+        ids[tuple(prompt)] |= {segment["prompt_id"] for segment in segments}
+    assert all(len(found) == 1 for found in ids.values())
+    assert len(set.union(*ids.values())) == len(ids) == 32
