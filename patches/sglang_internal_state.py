@@ -1,8 +1,8 @@
 """SGLang's internal state, for commands to the drafter's owner and for its counters.
 
 `set_internal_state` takes numbers by name, reaches every tensor-parallel rank at the same point of its loop, and does
-not wait for the requests in flight, as weight updates do. Names with our prefix go to the scheduler's worker; `get` adds
-what the worker says under one key. The rest goes to the original.
+not wait for the requests in flight, as weight updates do. Names with our prefix go to the scheduler's worker; `get`
+adds what the worker says under one key. The rest goes to the original.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ engine's Python interface and nothing of what the tests look for.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def job(
     logprobs: bool = False,
     commands: dict[str, float] | None = None,
     abort_after_s: float | None = None,
+    publish: Sequence[int] = (),
 ) -> dict[str, Any]:
     """`calls` calls of `Engine.generate` with the same batch: a prompt and sampling parameters a request.
 
@@ -65,6 +67,7 @@ def job(
     Args:
         commands: for the worker of an engine with the algorithm TLT, before the job.
         abort_after_s: abort all that is running after this time.
+        publish: versions of the drafter to publish one after the other while the first call is running.
     """
     return {
         "prompts": prompts,
@@ -73,6 +76,7 @@ def job(
         "logprobs": logprobs,
         "commands": commands,
         "abort_after_s": abort_after_s,
+        "publish": list(publish),
     }
 
 
@@ -95,7 +99,8 @@ def run_engine(
 
     Returns:
         For each job, lists with an entry a request, call after call: `output_ids`, `request_ids`, `logprobs` (of the
-        output tokens, where asked for) and the counters of `meta_info`; and `state`, a list of one, the worker's after it.
+        output tokens, where asked for) and the counters of `meta_info`; and lists of one: `state`, the worker's after
+        the job, and with `publish` what `publications` came to.
     """
     request = {"engine": ENGINE | {"model_path": str(model)} | options, "jobs": jobs, "segments": None}
     if segments is not None:
@@ -182,18 +187,21 @@ def _reading(segments: list[str] | None) -> Iterator[None]:
 
 
 def _answer(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {name: [] for name in ("output_ids", "request_ids", "logprobs", "finish", *_COUNTERS)}
-    if asked["commands"]:
-        from tlt_verl.engine import client
+    return engine.loop.run_until_complete(_answered(engine, asked))
 
-        assert engine.loop.run_until_complete(client.command(engine.tokenizer_manager, **asked["commands"]))
+
+async def _answered(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    from tlt_verl.engine import client
+
+    out: dict[str, Any] = {name: [] for name in ("output_ids", "request_ids", "logprobs", "finish", *_COUNTERS)}
+    manager = engine.tokenizer_manager
+    if asked["commands"]:
+        assert await client.command(manager, **asked["commands"])
     if asked["abort_after_s"] is not None:
-        abort = partial(
-            engine.loop.call_soon_threadsafe, partial(engine.tokenizer_manager.abort_request, abort_all=True)
-        )
-        threading.Timer(asked["abort_after_s"], abort).start()
+        engine.loop.call_later(asked["abort_after_s"], partial(manager.abort_request, abort_all=True))
+    publishing = asyncio.create_task(_publish(manager, asked["publish"])) if asked["publish"] else None
     for _ in range(asked["calls"]):
-        for response in engine.generate(
+        for response in await engine.async_generate(
             input_ids=asked["prompts"], sampling_params=asked["params"], return_logprob=asked["logprobs"]
         ):
             meta = response["meta_info"]
@@ -203,8 +211,27 @@ def _answer(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
             out["logprobs"].append([entry[0] for entry in meta.get("output_token_logprobs", ())])
             for name in _COUNTERS:
                 out[name].append(meta.get(name, 0))
-    out["state"] = [engine.loop.run_until_complete(engine.tokenizer_manager.get_internal_state())[0].get("tlt")]
+    if publishing is not None:
+        assert publishing.done(), "the job ended before the publications did"
+        out["publications"] = [publishing.result()]
+    out["state"] = [(await manager.get_internal_state())[0].get("tlt")]
     return out
+
+
+async def _publish(manager: Any, versions: list[int]) -> list[dict[str, Any]]:
+    """Publish one after the other: why each was rejected, the state after it, and the engine's fingerprints."""
+    from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+    from tlt_verl.engine import client
+
+    published = []
+    for version in versions:
+        await asyncio.sleep(0.2)
+        reason = await client.publish(manager, version)
+        published.append({"version": version, "reason": reason, **await client.state(manager)})
+        _, _, ranks, _ = await manager.check_weights(CheckWeightsReqInput(action="tlt_fingerprint"))
+        published[-1]["fingerprints"] = ranks[0]["checksums"]
+    return published
 
 
 if __name__ == "__main__":

@@ -168,7 +168,6 @@ def test_log_probs_are_those_of_the_answer(recorded):
 
 
 def test_siblings_share_a_prompt_id_and_others_do_not(recorded):
-    asked, _, _ = recorded
     ids = defaultdict(set)
     for prompt, _, _, segments in requests(recorded):
         ids[tuple(prompt)] |= {segment["prompt_id"] for segment in segments}

@@ -73,6 +73,8 @@ class Publications:
         self.rejected: dict[str, int] = {}
         self.reason = ""
         self.pause_s = 0.0
+        self.drafts_are_stale = False
+        """The hot tokens have changed: what requests in flight hold as their first drafts are rows of the old head."""
 
     @property
     def staged(self) -> int:
@@ -128,7 +130,7 @@ class Publications:
         folder = self._folder / str(version)
         tensors = load_file(folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        serving = {name: tensor for name, tensor in self._own_tensors()}
+        serving = dict(self._own_tensors())
         given = {name: tensor for name, tensor in tensors.items() if name not in SHARED}
         if missing := sorted(serving.keys() - given.keys()):
             raise PublicationError("missing", f"{folder}: the tensors {missing} are missing")
@@ -175,13 +177,16 @@ class Publications:
         self._set_hot(staged.hot)
 
     def _set_hot(self, hot: torch.Tensor | None) -> None:
-        """Let the draft head be the target's head, or its rows of the hot tokens; in place where the size is the same."""
+        """Let the draft head be the target's head or its hot rows; in place where the size stays."""
         worker, head = self._worker, self._target_head()
         if hot is not None:
             hot = hot.to(head.device)
-        if hot is not None and worker.hot_token_id is not None and len(hot) == len(worker.hot_token_id):
+        serving = worker.hot_token_id
+        same = hot is serving if hot is None or serving is None else torch.equal(hot, serving)
+        self.drafts_are_stale |= not same
+        if hot is not None and serving is not None and len(hot) == len(serving):
             worker.hot_token_id.copy_(hot)
             worker.draft_runner.model.lm_head.weight.data.copy_(head[hot])
-        elif hot is not None or worker.hot_token_id is not None:
+        elif hot is not None or serving is not None:
             worker.hot_token_id = hot
             worker.init_lm_head()

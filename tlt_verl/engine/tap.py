@@ -28,17 +28,20 @@ _LENGTHS = 512  # finished responses whose lengths say what is long
 
 
 class RequestView(Protocol):
-    """What the tap reads of a request. `tokens` and `logprobs` are of positions [start, end)."""
+    """What the tap reads of a request."""
 
     request_id: str
     prompt_id: int
     prompt_len: int
 
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """Positions of the prompt and of what the response keeps."""
 
-    def tokens(self, start: int, end: int) -> list[int]: ...
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens at the positions [start, end)."""
 
-    def logprobs(self, start: int, end: int) -> list[float]: ...
+    def logprobs(self, start: int, end: int) -> list[float]:
+        """Log-probs of these tokens, NaN where the engine did not compute one."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Tap:
             self.dropped_tokens += sum(stretch.count for stretch in copy.stretches)
 
     def metrics(self) -> dict[str, int]:
-        """Counters since the start: segments and bytes written, tokens written, tokens dropped, segments overwritten."""
+        """Counters since the start; `overwritten` is of segments, `dropped` of tokens."""
         return {
             "segments": self._writer.written,
             "bytes": self._writer.bytes,

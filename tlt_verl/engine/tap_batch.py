@@ -27,7 +27,7 @@ class Tapped:
     """What a forward pass leaves for the tap until its result is processed.
 
     Args:
-        hidden: [R, W]; of a prefill the rows of the requests one behind the other, of a verification `stride` a request.
+        hidden: [R, W]; of a prefill the requests' rows one behind the other, of a verification `stride` a request.
         version: of the policy.
         prefix_lens, extend_lens: of a prefill, a number a request; None of a verification.
     """
@@ -99,7 +99,7 @@ def verify_starts(batch: ScheduleBatch) -> list[int]:
 
 
 def verify_stretches(batch: ScheduleBatch, result: Any, starts: Sequence[int], live: Sequence[bool]) -> list[Stretch]:
-    """The stretches of a verification: the root and the accepted drafts, which stand at the front of each request's rows.
+    """The stretches of a verification: root and accepted drafts, which stand at the front of each request's rows.
 
     The bonus token is the next verification's root.
     """

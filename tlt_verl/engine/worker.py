@@ -71,6 +71,9 @@ class TLTWorker(EAGLEWorkerV2):
         if self._policy_changed:
             self.policy_version, self._policy_changed = self.policy_version + 1, False
         is_prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
+        if self._publications.drafts_are_stale and not is_prefill and batch.spec_info is not None:
+            batch.spec_info.topk_index = torch.zeros_like(batch.spec_info.topk_index)  # one wrong draft a request
+            self._publications.drafts_are_stale = False
         lens = (list(batch.prefix_lens), list(batch.extend_lens)) if is_prefill and self._tap is not None else ()
         result = super().forward_batch_generation(batch, *args, **kwargs)
         if self._tap is not None and not batch.forward_mode.is_idle():

@@ -1,0 +1,131 @@
+"""Publication into a real engine while requests are in flight: what fits serves, what does not is named and counted.
+
+What it would catch: weights that reach the target or only part of the drafter, a publication that changes what is
+sampled, waits for the requests in flight or loses the prefix cache, a broken drafter that serves or stops the engine,
+a hot vocabulary whose ids and head rows do not belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from engine_runner import CHAIN, job, run_engine, speculative
+from fitted_drafter import fit_drafter
+from safetensors.torch import load_file, save_file
+from test_greedy_lossless import make_prompts, make_target
+
+from tlt_verl.drafter import make_drafter
+from tlt_verl.engine.options import EngineOptions
+
+pytestmark = pytest.mark.slow
+
+TOKENS, TIMEOUT_S = 300, 300
+GREEDY = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
+GOOD, NAN, MISSING, SHAPE, ABSENT, HOT = 1, 2, 3, 4, 5, 6
+
+
+def variant(fitted, folder, change=None, hot=None):
+    """A copy of the fitted drafter whose tensors `change` has been given."""
+    shutil.copytree(fitted, folder)
+    tensors = load_file(folder / "model.safetensors")
+    if change is not None:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    if hot is not None:
+        torch.save(hot, folder / "hot_tokens.pt")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "hot_vocab_size": len(hot)}))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """An engine with an untrained drafter: plain decoding, then the publications, then decoding with what serves."""
+    folder = tmp_path_factory.mktemp("publication")
+    model = make_target(folder / "target")
+    fitted = fit_drafter(model, folder / "fitted")
+    made = make_drafter(folder / "target", folder / "made")
+    versions = folder / "versions"
+    versions.mkdir()
+    variant(fitted, versions / str(GOOD))
+    variant(fitted, versions / str(NAN), lambda t: t["fc.weight"][3].fill_(torch.nan))
+    variant(fitted, versions / str(MISSING), lambda t: t.pop("layers.0.mlp.up_proj.weight"))
+    variant(fitted, versions / str(SHAPE), lambda t: t.update({"fc.bias": torch.zeros(7)}))
+    variant(fitted, versions / str(HOT), hot=list(range(0, 512, 2)))
+    prompts = make_prompts()[:8]
+    environment: dict[str, str] = {}
+    EngineOptions(publications=str(versions)).export(environment)
+    jobs = [
+        job(prompts, [GREEDY] * 8),
+        job(prompts, [GREEDY] * 8, publish=[GOOD]),
+        job(prompts, [GREEDY] * 8, publish=[NAN, MISSING, SHAPE, ABSENT]),
+        job(prompts, [GREEDY] * 8),
+        job(prompts, [GREEDY] * 8, publish=[HOT]),
+        job(prompts, [GREEDY] * 8),
+    ]
+    options = speculative("TLT", CHAIN, made)
+    return run_engine(folder / "target", jobs, timeout_s=TIMEOUT_S, environment=environment, **options)
+
+
+def test_an_untrained_drafter_is_not_drafted_with_until_one_is_published(answers):
+    plain, publishing = answers[0], answers[1]
+    assert plain["state"][0]["drafting"] is False
+    assert sum(plain["spec_verify_ct"]) == 0
+    assert publishing["state"][0]["drafting"] is True
+    assert publishing["state"][0]["drafter"]["version"] == GOOD
+    assert sum(publishing["spec_num_correct_drafts"]) > 0
+
+
+def test_greedy_text_is_the_same_before_across_and_after_publications(answers):
+    assert all(len(tokens) == TOKENS for tokens in answers[0]["output_ids"])
+    for answer in answers[1:]:
+        assert answer["output_ids"] == answers[0]["output_ids"]
+
+
+def test_publications_come_while_requests_are_in_flight(answers):
+    """The runner asserts that each ended before its job did: here that tokens were made before and after."""
+    across = answers[1]
+    accepted, verified = torch.tensor(across["spec_num_correct_drafts"]), torch.tensor(across["spec_verify_ct"])
+    drafted = accepted + verified
+    assert (drafted > 0).all() and (drafted < TOKENS - 5).all(), drafted
+
+
+@pytest.mark.parametrize(
+    ("place", "version", "kind", "words"),
+    [
+        (0, NAN, "nan", "fc.weight holds NaN"),
+        (1, MISSING, "missing", "layers.0.mlp.up_proj.weight"),
+        (2, SHAPE, "shape", "fc.bias has the shape (7,)"),
+        (3, ABSENT, "unreadable", "No such file"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_counted_and_the_old_drafter_goes_on(answers, place, version, kind, words):
+    published = answers[2]["publications"][0][place]
+    assert published["version"] == version
+    assert words in published["reason"] and f"version {version}" in published["reason"]
+    assert published["drafter"]["rejected"][kind] == 1
+    assert published["drafter"]["version"] == GOOD
+    assert sum(answers[3]["spec_num_correct_drafts"]) > 0.5 * sum(answers[3]["spec_verify_ct"])
+
+
+def test_the_target_is_untouched_and_the_drafter_is_what_was_published(answers):
+    first = answers[1]["publications"][0][0]["fingerprints"]
+    broken = [each["fingerprints"] for each in answers[2]["publications"][0]]
+    last = answers[4]["publications"][0][0]["fingerprints"]
+    own = [name for name in first if name.startswith("draft.") and "embed" not in name and "lm_head" not in name]
+    for other in [*broken, last]:
+        assert {n: v for n, v in other.items() if not n.startswith("draft.")} == {
+            n: v for n, v in first.items() if not n.startswith("draft.")
+        }
+        assert [other[name] for name in own] == [first[name] for name in own]
+    assert len(own) == 10
+
+
+def test_a_hot_vocabulary_is_published_with_its_head(answers):
+    """Half of the tokens can be drafted: fewer are accepted, none is wrong."""
+    published = answers[4]["publications"][0][0]
+    assert published["reason"] is None and published["drafter"]["version"] == HOT
+    full, half = (sum(a["spec_num_correct_drafts"]) / sum(a["spec_verify_ct"]) for a in (answers[3], answers[5]))
+    assert 0.1 * full < half < 0.9 * full
