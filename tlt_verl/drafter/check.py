@@ -7,7 +7,7 @@ leaves one that it misses uninitialised: both end as a drafter whose drafts are 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,12 @@ def check_drafter(
         cure = 'Set "tie_word_embeddings": false in its config.json: SGLang gives it the target\'s embedding and head.'
         raise refuse("whose tie_word_embeddings is true", cure)
     try:
-        problem = _tensor_problem(TensorFolder(folder), config)
+        tensors = TensorFolder(folder)
+        problem = layout_problem({name: tensors.shape(name) for name in tensors}, config)
     except (OSError, ValueError, KeyError) as error:
         raise refuse(f"whose weights cannot be read: {error}") from error
     if problem:
-        raise refuse(problem)
+        raise refuse(f"whose {problem}")
 
 
 def _architecture_problem(config: Mapping[str, Any], wanted: str, target: str) -> str | None:
@@ -67,16 +68,24 @@ def _architecture_problem(config: Mapping[str, Any], wanted: str, target: str) -
     return f"a {found}; the EAGLE drafter of a {target} is a {wanted}"
 
 
-def _tensor_problem(tensors: TensorFolder, config: Mapping[str, Any]) -> str | None:
-    """The first few tensors that are missing, unknown or of the wrong shape, or None."""
+def layout_problem(
+    found: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], shared: Collection[str] = SHARED_TENSORS
+) -> str | None:
+    """The first few tensors that are missing, unknown or of the wrong shape, as the rest of a sentence; or None.
+
+    Args:
+        found: name and shape of every tensor that is there.
+        config: the drafter's `config.json`.
+        shared: tensors that may be there beside the drafter's own.
+    """
     shapes = tensor_shapes(config)
-    if missing := [name for name in shapes if name not in tensors]:
-        return f"whose weights lack {_listed(missing)}"
-    if unknown := [name for name in tensors if name not in shapes | dict.fromkeys(SHARED_TENSORS)]:
-        return f"whose weights hold {_listed(unknown)}, which SGLang would drop"
+    if missing := [name for name in shapes if name not in found]:
+        return f"weights lack {_listed(missing)}"
+    if unknown := [name for name in found if name not in shapes and name not in shared]:
+        return f"weights hold {_listed(unknown)}, which SGLang would drop"
     for name, shape in shapes.items():
-        if tensors.shape(name) != shape:
-            return f"whose {name} has the shape {tensors.shape(name)}; its config.json asks for {shape}"
+        if found[name] != shape:
+            return f"{name} has the shape {found[name]}; its config.json asks for {shape}"
     return None
 
 

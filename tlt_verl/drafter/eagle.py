@@ -55,7 +55,7 @@ FAMILIES: Mapping[str, Family] = {
 """The drafter's family by the target's architecture."""
 
 HOT_TOKENS = "hot_tokens.pt"
-"""File of the token ids that the draft head knows, sorted, in SGLang's format for a token map; absent for all of them."""
+"""File of the token ids that the draft head knows, ascending, as SGLang reads a token map; absent for all of them."""
 
 SHARED_TENSORS = frozenset({"embed_tokens.weight", "lm_head.weight"})
 """Tensors that a drafter's file may hold and that SGLang replaces by the target's."""

@@ -38,7 +38,7 @@ async def publish(tokenizer_manager: Any, version: int, timeout_s: float = 60.0)
     """Stage and publish a version of the drafter, while requests are in flight.
 
     Args:
-        version: the sub-folder of the engine's folder of publications.
+        version: the sub-folder `v<version>` of the folder of publications.
 
     Returns:
         None when it serves, or why it was rejected.

@@ -22,7 +22,7 @@ class EngineOptions:
         tap: name of the ring of segments that each scheduler writes (its process id is appended), or None for no tap.
         tap_bytes: size of that ring.
         tap_tokens_per_step: most tokens that are written between two updates of the policy.
-        publications: folder whose sub-folders, named by version, hold the drafters that may be published; or None.
+        publications: folder whose sub-folders `v<version>` hold the drafters that may be published; or None.
         draft_untrained: draft with a drafter that was made from the target and never trained.
     """
 

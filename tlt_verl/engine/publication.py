@@ -48,7 +48,7 @@ class Publications:
     """Stages and publishes drafters for one scheduler.
 
     Args:
-        folder: its sub-folders, named by version, are what may be published.
+        folder: its sub-folders `v<version>` are what may be published.
         draft_worker: SGLang's `EagleDraftWorker`.
         target_head: returns the target's head [V, H] as it is now.
         agree: whether all tensor-parallel ranks say yes.
@@ -127,7 +127,7 @@ class Publications:
 
     def _checked(self, version: int) -> Staged:
         """Read a folder and compare it with the serving drafter."""
-        folder = self._folder / str(version)
+        folder = self._folder / f"v{version}"
         tensors = load_file(folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         serving = dict(self._own_tensors())

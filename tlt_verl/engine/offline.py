@@ -1,0 +1,222 @@
+"""An engine of our own, without verl: rollouts of a list of prompts, with the tap and publications of drafters.
+
+One SGLang engine with the algorithm TLT in processes of its own. Prompts are token ids. Knows SGLang's Python
+interface; knows neither texts nor training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlt_verl.config import Strategy
+from tlt_verl.engine.options import EngineOptions
+from tlt_verl.segments import Segment, SegmentReader, find_rings
+
+_POLL_S = 0.1
+_CPU = {
+    "device": "cpu",
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,
+    "mem_fraction_static": 0.3,
+}
+
+
+@dataclass
+class Rollouts:
+    """What came of a list of prompts.
+
+    Args:
+        tokens: produced, those of responses that were cut by the time included.
+        seconds: wall time.
+        verifications, accepted: of drafts; without drafting 0.
+        responses: token ids of the responses that ended, by the prompt's place in the list.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    verifications: int = 0
+    accepted: int = 0
+    completed: int = 0
+    responses: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def accept_len(self) -> float:
+        """Tokens produced per verification, without the tokens that prefills produced; 1 without any."""
+        return (self.tokens - self.completed) / self.verifications if self.verifications else 1.0
+
+    def add(self, place: int, response: dict[str, Any]) -> None:
+        """Count one response of the engine."""
+        meta = response["meta_info"]
+        self.tokens += meta["completion_tokens"]
+        self.verifications += meta.get("spec_verify_ct", 0)
+        self.accepted += meta.get("spec_num_correct_drafts", 0)
+        self.completed += 1
+        if meta["finish_reason"]["type"] != "abort":
+            self.responses[place] = response["output_ids"]
+
+
+class OfflineEngine:
+    """An engine for rollouts outside of a run.
+
+    Args:
+        target: folder of the target.
+        drafter: folder of a drafter; None makes one from the target, which is not drafted with.
+        strategy: what is drafted.
+        publications: folder of drafters `v<version>`.
+        name: of the ring of segments.
+        max_running: requests at a time.
+        options: more arguments of `sglang.Engine`.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        drafter: Path | None,
+        strategy: Strategy,
+        *,
+        publications: Path,
+        name: str,
+        max_running: int,
+        draft_untrained: bool = False,
+        **options: Any,
+    ) -> None:
+        on_cpu = options.get("device") == "cpu"
+        if on_cpu:
+            os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # before SGLang is imported
+        EngineOptions(
+            tap=name, tap_tokens_per_step=1 << 40, publications=str(publications), draft_untrained=draft_untrained
+        ).export()
+        import sglang
+
+        self._engine = sglang.Engine(
+            **{
+                **(_CPU if on_cpu else {}),
+                "model_path": str(target),
+                "skip_tokenizer_init": True,
+                "log_level": "error",
+                "max_running_requests": max_running,
+                "disable_radix_cache": True,  # every token's hidden state is wanted, prompts' too
+                "speculative_algorithm": "TLT",
+                "speculative_draft_model_path": None if drafter is None else str(drafter),
+                "speculative_num_steps": strategy.num_steps,
+                "speculative_eagle_topk": strategy.topk,
+                "speculative_num_draft_tokens": strategy.num_draft_tokens,
+                **options,
+            }
+        )
+        self._max_running = max_running
+        self._readers = [SegmentReader(ring) for ring in find_rings(name)]
+        if not self._readers:
+            self.close()
+            raise RuntimeError(f"the engine made no ring of segments {name!r}: its log says why")
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: dict[str, Any],
+        *,
+        seconds: float | None = None,
+        tokens: int | None = None,
+        on_segments: Callable[[list[Segment]], None] = lambda segments: None,
+        on_progress: Callable[[Rollouts], None] = lambda rollouts: None,
+    ) -> Rollouts:
+        """Roll out the prompts in their order, `max_running` at a time.
+
+        Args:
+            sampling: SGLang's sampling parameters.
+            seconds, tokens: end there; requests in flight are aborted, their tokens count.
+            on_segments: gets what the tap recorded, while it goes on.
+        """
+        return self._engine.loop.run_until_complete(
+            self._run(prompts, sampling, seconds, tokens, on_segments, on_progress)
+        )
+
+    def publish(self, version: int) -> str | None:
+        """Let the drafter `v<version>` serve; None, or why it was rejected."""
+        from tlt_verl.engine import client
+
+        return self._engine.loop.run_until_complete(client.publish(self._engine.tokenizer_manager, version))
+
+    def state(self) -> dict[str, Any]:
+        """The worker's state: versions, counters of the tap and of publications."""
+        from tlt_verl.engine import client
+
+        return self._engine.loop.run_until_complete(client.state(self._engine.tokenizer_manager))
+
+    def command(self, **commands: float) -> None:
+        """Commands of `TLTWorker.control`.
+
+        Raises:
+            RuntimeError: one was refused.
+        """
+        from tlt_verl.engine import client
+
+        if not self._engine.loop.run_until_complete(client.command(self._engine.tokenizer_manager, **commands)):
+            raise RuntimeError(f"the engine refused {commands}")
+
+    def lost_segments(self) -> int:
+        """Segments that were overwritten before they were read."""
+        return sum(reader.lost for reader in self._readers)
+
+    def close(self) -> None:
+        """End the engine's processes and remove its rings."""
+        self._engine.shutdown()
+        for reader in self._readers:
+            reader.close()
+
+    def __enter__(self) -> OfflineEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: dict[str, Any],
+        seconds: float | None,
+        tokens: int | None,
+        on_segments: Callable[[list[Segment]], None],
+        on_progress: Callable[[Rollouts], None],
+    ) -> Rollouts:
+        rollouts, begin = Rollouts(), time.monotonic()
+        slots, over = asyncio.Semaphore(self._max_running), asyncio.Event()
+
+        async def one(place: int) -> None:
+            async with slots:
+                if not over.is_set():
+                    rollouts.add(place, await self._generate(prompts[place], sampling))
+
+        tasks = [asyncio.create_task(one(place)) for place in range(len(prompts))]
+        try:
+            while not all(task.done() for task in tasks):
+                await asyncio.sleep(_POLL_S)
+                self._pump(on_segments)
+                on_progress(rollouts)
+                late = seconds is not None and time.monotonic() - begin > seconds
+                if (late or (tokens is not None and rollouts.tokens >= tokens)) and not over.is_set():
+                    over.set()
+                    self._engine.tokenizer_manager.abort_request(abort_all=True)
+            for task in tasks:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+        rollouts.seconds = time.monotonic() - begin
+        await asyncio.sleep(2 * _POLL_S)
+        self._pump(on_segments)
+        return rollouts
+
+    async def _generate(self, prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
+        return await self._engine.async_generate(input_ids=list(prompt), sampling_params=sampling)
+
+    def _pump(self, on_segments: Callable[[list[Segment]], None]) -> None:
+        for reader in self._readers:
+            if segments := reader.poll():
+                on_segments(segments)

@@ -1,0 +1,236 @@
+"""The half of a warm-up that learns: buffer, trainer, replay on held-out samples, checkpoints, and the curve.
+
+Knows nothing of the engine.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlt_verl.drafter.buffer import Buffer, hot_vocabulary
+from tlt_verl.drafter.checkpoint import Checkpoint, CheckpointWriter
+from tlt_verl.drafter.eagle import drafter_config
+from tlt_verl.drafter.model import EagleDrafter
+from tlt_verl.drafter.packing import Sample, fill
+from tlt_verl.drafter.replay import replay
+from tlt_verl.drafter.tensors import TensorFolder
+from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, StepReport, TrainerSettings
+
+EVALUATE_EVERY_S = 15.0
+_GATE_TOKENS = 6000  # held-out tokens that are replayed
+_COVERED = 0.995  # share of the responses' tokens that a chosen hot vocabulary holds
+_SIZES = (512, 1024, 2048, 4096, 8192)
+_LOWEST_LR = 0.05
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the curve: what had been done at a time, and what the drafter was worth.
+
+    Args:
+        elapsed_s: since the start of the warm-up; trained_s: of it, in training steps.
+        steps, tokens: of training so far.
+        loss, ce, accept: mean of the training steps since the last point.
+        accept_len: replayed on held-out samples.
+    """
+
+    elapsed_s: float
+    trained_s: float
+    steps: int
+    tokens: int
+    loss: float
+    ce: float
+    accept: float
+    accept_len: float
+
+
+class Learner:
+    """Trains one drafter on the samples of one buffer.
+
+    Args:
+        target: folder of the target, whose embedding and head are read.
+        start: the drafter to go on with, from `load_checkpoint` or as it was made from the target.
+        out: folder of the checkpoints and the curve.
+        planned_s: training time over which the learning rate falls.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        target_config: dict[str, Any],
+        start: Checkpoint,
+        out: Path,
+        *,
+        num_steps: int,
+        pack_tokens: int,
+        lr: float,
+        planned_s: float,
+        seed: int,
+        device: str,
+        dtype: str,
+    ) -> None:
+        self.buffer = Buffer(max_bytes=4 << 30)
+        self.config = drafter_config(target_config)
+        self.num_steps, self._pack_tokens, self._planned_s = num_steps, pack_tokens, planned_s
+        self._dtype = getattr(torch, dtype)
+        embed, head = _embed_and_head(target, target_config, device)
+        self._trainer = DrafterTrainer(
+            _drafter(start), SharedTensors(embed, head, start.hot), TrainerSettings(lr=lr), device, seed
+        )
+        if start.trainer_state is not None:
+            self._trainer.load_state_dict(start.trainer_state)
+        self._order = torch.Generator().manual_seed(seed)
+        self._writer = CheckpointWriter(out)
+        self.version = start.version
+        self.tokens = int(start.info.get("tokens", 0))
+        self.trained_s = float(start.info.get("trained_s", 0.0))
+        self._begin_s, self._this_run_s = time.monotonic(), 0.0
+        self._curve = _Curve(out / "curve.csv", resumed=start.trainer_state is not None)
+
+    @property
+    def hot(self) -> torch.Tensor | None:
+        """int64 [Vh], the tokens that the draft head knows; None for all."""
+        return self._trainer.shared.hot
+
+    @property
+    def shared(self) -> SharedTensors:
+        """The target's tensors, as the trainer has them."""
+        return self._trainer.shared
+
+    def choose_hot(self, size: int | None, always: list[int]) -> None:
+        """Restrict the draft head to the tokens of the responses in the buffer.
+
+        Args:
+            size: how many; None for the smallest power of two that holds all but half a percent of the tokens.
+            always: ids that are in whatever the rollouts say.
+        """
+        counts = self.buffer.token_counts(len(self.shared.head))
+        if size is None:
+            ranked = counts.sort(descending=True).values.cumsum(0).double() / max(1, int(counts.sum()))
+            size = next((s for s in _SIZES if s < len(counts) and ranked[s - 1] >= _COVERED), min(8192, len(counts)))
+        hot = hot_vocabulary(counts, size, always)
+        self._trainer.follow(SharedTensors(self.shared.embed, self.shared.head, hot))
+
+    def train(self, seconds: float, tokens: int | None, on_step: Callable[[StepReport, float], None]) -> None:
+        """Train for a time, or until `tokens` tokens were learnt from in all. Evaluates as it goes.
+
+        Raises:
+            RuntimeError: the buffer has nothing to learn from.
+            DrafterDiverged: see the trainer.
+        """
+        end, evaluated, recent = time.monotonic() + seconds, time.monotonic(), list[StepReport]()
+        while time.monotonic() < end and (tokens is None or self.tokens < tokens):
+            samples = self.buffer.samples()
+            if not samples:
+                raise RuntimeError(
+                    "nothing to train on: no rollout of a prompt that is not held out"
+                )
+            for pack in fill(samples, self._pack_tokens, self._order):
+                if not any(sample.rows and sample.first_wanted < sample.rows for sample in pack):
+                    continue
+                report = self._trainer.step(pack, max(_LOWEST_LR, 1 - self._this_run_s / self._planned_s))
+                self.tokens += report.tokens
+                self.trained_s += report.seconds
+                self._this_run_s += report.seconds
+                recent.append(report)
+                on_step(report, self._curve.accept_len)
+                if time.monotonic() - evaluated > EVALUATE_EVERY_S:
+                    self._add_point(recent)
+                    evaluated, recent = time.monotonic(), []
+                if time.monotonic() >= end:
+                    break
+        if recent:
+            self._add_point(recent)
+
+    def accept_len(self, samples: list[Sample] | None = None) -> float:
+        """Replayed accept length, on held-out samples of the buffer unless others are given."""
+        samples = self.held_out() if samples is None else samples
+        self._trainer.drafter.eval()
+        try:
+            return replay(self._trainer.drafter, self.shared, samples, self.num_steps).accept_len
+        finally:
+            self._trainer.drafter.train()
+
+    def held_out(self) -> list[Sample]:
+        """Held-out samples, as many as are worth their time."""
+        chosen, tokens = [], 0
+        for sample in self.buffer.held_out_samples():
+            if tokens > _GATE_TOKENS:
+                break
+            chosen.append(sample)
+            tokens += len(sample.tokens)
+        return chosen
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The drafter's tensors in the dtype in which they serve."""
+        return self._trainer.weights(self._dtype)
+
+    def save(self, accept_len: float) -> Path:
+        """Write a checkpoint of the next version; returns its folder when it is on the disk."""
+        self.version += 1
+        self._writer.save(
+            self.config,
+            self.weights(),
+            self._trainer.state_dict(),
+            version=self.version,
+            info={"accept_len": accept_len, "tokens": self.tokens, "trained_s": self.trained_s},
+            hot=self.hot,
+        )
+        self._writer.wait(120)
+        return Path(self._writer.folder) / f"v{self.version}"
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        self._writer.close()
+
+    def _add_point(self, recent: list[StepReport]) -> None:
+        mean = {name: sum(getattr(r, name) for r in recent) / len(recent) for name in ("loss", "ce", "accept")}
+        self._curve.add(
+            Point(
+                elapsed_s=time.monotonic() - self._begin_s,
+                trained_s=self.trained_s,
+                steps=self._trainer.steps,
+                tokens=self.tokens,
+                accept_len=self.accept_len(),
+                **mean,
+            )
+        )
+
+
+class _Curve:
+    """`curve.csv`, written row by row."""
+
+    def __init__(self, path: Path, *, resumed: bool) -> None:
+        self._path = path
+        self.accept_len = 1.0
+        if not (resumed and path.exists()):
+            self._write("w", [field.name for field in fields(Point)])
+
+    def add(self, point: Point) -> None:
+        self.accept_len = point.accept_len
+        self._write("a", [f"{value:.6g}" for value in asdict(point).values()])
+
+    def _write(self, mode: str, row: list[str]) -> None:
+        with self._path.open(mode, newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(row)
+
+
+def _drafter(start: Checkpoint) -> EagleDrafter:
+    drafter = EagleDrafter(start.config)
+    drafter.load_state_dict({name: tensor.float() for name, tensor in start.weights.items()})
+    return drafter
+
+
+def _embed_and_head(target: Path, config: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's embedding and head [V, H], in its own dtype."""
+    tensors = TensorFolder(target)
+    embed = tensors.load("model.embed_tokens.weight").to(device)
+    tied = config.get("tie_word_embeddings") or "lm_head.weight" not in tensors
+    return embed, embed if tied else tensors.load("lm_head.weight").to(device)
