@@ -7,6 +7,7 @@ metrics. Installed when verl's trainer is imported.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,22 @@ MODULE = "verl.trainer.ppo.v1.trainer_base"
 _COMPUTE = f"{MODULE}:PPOTrainer._compute_metrics"
 
 
-def _install(name: str, step_metrics: Callable[[Sequence[tuple[dict, int]], float], dict[str, float]]) -> None:
-    """Add `step_metrics([(extra_fields, tokens), ...], generation_s)` to each step of a run with rollout `name`."""
+_STATE_TIMEOUT_S = 20.0
+
+logger = logging.getLogger(__name__)
+
+
+def _install(
+    name: str,
+    step_metrics: Callable[[Sequence[tuple[dict, int]], float], dict[str, float]],
+    engine_metrics: Callable[[Sequence[dict]], dict[str, float]],
+) -> None:
+    """Add metrics to each step of a run with rollout `name`.
+
+    Args:
+        step_metrics: of `[(extra_fields, tokens), ...]`, one a response, and the generation's seconds.
+        engine_metrics: of what the replicas' `drafter_state` says.
+    """
     import transfer_queue
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
@@ -36,8 +51,21 @@ def _install(name: str, step_metrics: Callable[[Sequence[tuple[dict, int]], floa
         rows = zip(data.pop("extra_fields").tolist(), tokens, real, strict=True)
         responses = [(fields or {}, length) for fields, length, is_real in rows if is_real]
         metrics.update(step_metrics(responses, timing_raw.get("gen", 0.0)))
+        metrics.update(engine_metrics(_states(self)))
 
     PPOTrainer._compute_metrics = compute_metrics
+
+
+def _states(trainer: Any) -> list[dict]:
+    """The replicas' states; those of a replica that does not answer in time are missing, and the log says so."""
+    import ray
+
+    handles = [handle for manager in trainer._rollout_server_managers() for handle in manager.server_handles]
+    asked = [handle.drafter_state.remote() for handle in handles]
+    answered, late = ray.wait(asked, num_returns=len(asked), timeout=_STATE_TIMEOUT_S) if asked else ([], [])
+    if late:
+        logger.warning("%d of %d replicas did not say their state in %.0f s", len(late), len(asked), _STATE_TIMEOUT_S)
+    return ray.get(answered)
 
 
 SEAM = Seam(
@@ -49,6 +77,14 @@ SEAM = Seam(
             path=_COMPUTE,
             parameters=("batch", "metrics", "timing_raw"),
             source_contains=('select_fields=["extra_fields"]', 'data["responses"].offsets().diff()', "is_padding"),
+        ),
+        Target(
+            path=f"{MODULE}:PPOTrainer._rollout_server_managers",
+            source_contains=('getattr(self, "llm_server_manager", None)',),
+        ),
+        Target(
+            path="verl.workers.rollout.llm_server:LLMServerManager._initialize_llm_servers",
+            source_contains=("self.server_handles = [",),
         ),
         Target(path="transfer_queue:kv_batch_get", parameters=("keys", "partition_id", "select_fields")),
     ),

@@ -136,6 +136,34 @@ class StrategyConfig:
 
 
 @dataclass
+class TapConfig:
+    """What of the rollouts is recorded for training the drafter."""
+
+    enable: bool = field(
+        default=False,
+        metadata=_about(
+            "Record the hidden states of prompts and responses in shared memory, from where a drafter is trained.",
+            "true or false",
+        ),
+    )
+    buffer_gb: float = field(
+        default=0.25,
+        metadata=_about(
+            "Size of each scheduler's ring in /dev/shm, in GiB. What is not read in time is overwritten, oldest first.",
+            "a number above 0",
+        ),
+    )
+    max_tokens_per_step: int = field(
+        default=65536,
+        metadata=_about(
+            "Most tokens that a scheduler records between two syncs of the policy; the second half of them is kept for "
+            "long responses.",
+            "a number above 0",
+        ),
+    )
+
+
+@dataclass
 class DebugConfig:
     """Checks that cost time and change nothing."""
 
@@ -155,6 +183,7 @@ class TLTConfig:
 
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    tap: TapConfig = field(default_factory=TapConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
@@ -181,6 +210,8 @@ def load_config(node: Mapping[str, Any] | DictConfig | None, prefix: str = PREFI
     config = _build(TLTConfig, _plain(node, prefix), prefix)
     _check_algorithm(config.drafter.algorithm, f"{prefix}.drafter.algorithm")
     _check_arms(config.strategy.arms, f"{prefix}.strategy.arms")
+    _check_above_zero(config.tap, "buffer_gb", f"{prefix}.tap")
+    _check_above_zero(config.tap, "max_tokens_per_step", f"{prefix}.tap")
     return config
 
 
@@ -242,7 +273,8 @@ def _typed(item: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
         value = ["off" if entry is False else entry for entry in value] if isinstance(value, list | tuple) else value
         fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     else:
-        fits = isinstance(value, hint)
+        value = float(value) if hint is float and type(value) is int else value
+        fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if not fits or value == "":
         raise ConfigError(f"{key}: got {value!r} ({type(value).__name__}), takes {item.metadata['takes']}")
     return value
@@ -255,6 +287,12 @@ def _check_algorithm(value: str, key: str) -> None:
         near = difflib.get_close_matches(value, ALGORITHMS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{key}: got {value!r}, takes {', '.join(ALGORITHMS)}.{hint}")
+
+
+def _check_above_zero(section: Any, name: str, key: str) -> None:
+    value = getattr(section, name)
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{key}.{name}: got {value!r}, takes {_field(type(section), name).metadata['takes']}")
 
 
 def _check_arms(arms: list[str], key: str) -> None:

@@ -38,7 +38,7 @@ def verl_plugin() -> None:
     later = (
         (verl_rollout_replica, (NAME, _replica_class)),
         (verl_rollout_adapter, (NAME, "tlt_verl.rollout.adapter.TLTAdapter")),
-        (verl_step_metrics, (NAME, _step_metrics)),
+        (verl_step_metrics, (NAME, _step_metrics, _engine_metrics())),
     )
     for patch, parts in later:
         after_import(patch.MODULE, partial(_guarded, _install, patch.SEAM, *parts))
@@ -118,6 +118,12 @@ def _step_metrics(responses: Sequence[tuple[dict, int]], generation_s: float) ->
     from tlt_verl.rollout import metrics
 
     return metrics.step_metrics([metrics.counters(fields, tokens) for fields, tokens in responses], generation_s)
+
+
+def _engine_metrics() -> Callable[[Sequence[dict]], dict[str, float]]:
+    from tlt_verl.rollout.metrics import EngineMetrics
+
+    return EngineMetrics().step
 
 
 def sglang_plugin() -> None:

@@ -49,11 +49,11 @@ def answers(tmp_path_factory):
     made = make_drafter(folder / "target", folder / "made")
     versions = folder / "versions"
     versions.mkdir()
-    variant(fitted, versions / str(GOOD))
-    variant(fitted, versions / str(NAN), lambda t: t["fc.weight"][3].fill_(torch.nan))
-    variant(fitted, versions / str(MISSING), lambda t: t.pop("layers.0.mlp.up_proj.weight"))
-    variant(fitted, versions / str(SHAPE), lambda t: t.update({"fc.bias": torch.zeros(7)}))
-    variant(fitted, versions / str(HOT), hot=list(range(0, 512, 2)))
+    variant(fitted, versions / f"v{GOOD}")
+    variant(fitted, versions / f"v{NAN}", lambda t: t["fc.weight"][3].fill_(torch.nan))
+    variant(fitted, versions / f"v{MISSING}", lambda t: t.pop("layers.0.mlp.up_proj.weight"))
+    variant(fitted, versions / f"v{SHAPE}", lambda t: t.update({"fc.bias": torch.zeros(7)}))
+    variant(fitted, versions / f"v{HOT}", hot=list(range(0, 512, 2)))
     prompts = make_prompts()[:8]
     environment: dict[str, str] = {}
     EngineOptions(publications=str(versions)).export(environment)

@@ -41,7 +41,15 @@ def test_every_key_of_the_yaml_file_has_a_comment_above_it():
 
 
 def test_every_option_has_help():
-    assert [key for key, _ in options()] == ["drafter.path", "drafter.algorithm", "strategy.arms", "debug.fingerprint"]
+    assert [key for key, _ in options()] == [
+        "drafter.path",
+        "drafter.algorithm",
+        "strategy.arms",
+        "tap.enable",
+        "tap.buffer_gb",
+        "tap.max_tokens_per_step",
+        "debug.fingerprint",
+    ]
     for key, item in options():
         assert item.metadata["help"] and item.metadata["takes"], key
 
@@ -87,7 +95,7 @@ def test_an_override_on_hydras_command_line_reads_as_written():
     ("node", "parts"),
     [
         ({"drafter": {"pth": "x"}}, ["drafter.pth", "'x'", "path, algorithm", f"Did you mean {PREFIX}.drafter.path?"]),
-        ({"drafters": {"path": "x"}}, [f"{PREFIX}.drafters:", "drafter, strategy, debug", f"mean {PREFIX}.drafter?"]),
+        ({"drafters": {"path": "x"}}, [f"{PREFIX}.drafters:", "drafter, strategy, tap, debug", f"mean {PREFIX}.drafter?"]),
         ({"fingerprint": True}, [f"{PREFIX}.fingerprint:", "Did you mean the option debug.fingerprint?"]),
         ({"zzz": 1}, [f"{PREFIX}.zzz: unknown key (got 1)"]),
         ({7: 1}, [f"{PREFIX}.7: unknown key"]),
@@ -102,6 +110,10 @@ def test_an_override_on_hydras_command_line_reads_as_written():
         ({"debug": {"fingerprint": 1}}, ["debug.fingerprint: got 1 (int)", "true or false"]),
         ({"debug": {"fingerprint": "yes"}}, ["debug.fingerprint: got 'yes' (str)", "true or false"]),
         ({"strategy": {"arms": "eagle:3x1@4"}}, ["strategy.arms: got 'eagle:3x1@4' (str)", "a list of one strategy"]),
+        ({"tap": {"enable": 1}}, ["tap.enable: got 1 (int)", "true or false"]),
+        ({"tap": {"buffer_gb": 0}}, ["tap.buffer_gb: got 0.0", "a number above 0"]),
+        ({"tap": {"max_tokens_per_step": 1.5}}, ["tap.max_tokens_per_step: got 1.5 (float)", "above 0"]),
+        ({"tap": {"max_tokens_per_step": True}}, ["tap.max_tokens_per_step: got True (bool)", "above 0"]),
         ({"strategy": {"arms": [3]}}, ["strategy.arms: got [3] (list)", "a list of one strategy"]),
         ({"strategy": {"arms": []}}, ["strategy.arms: got 0 arms", "exactly one"]),
         ({"strategy": {"arms": ["off", "eagle:3x1@4"]}}, ["strategy.arms: got 2 arms", "exactly one"]),

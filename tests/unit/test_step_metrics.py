@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tlt_verl.rollout.metrics import Counters, counters, step_metrics
+from tlt_verl.rollout.metrics import Counters, EngineMetrics, counters, step_metrics
 
 # Two drafted responses. The first token of a response comes from its prefill: 10 = 1 + 6 accepted + 3 bonus tokens.
 LONG = Counters(tokens=10, proposed=9, accepted=6, verifications=3)
@@ -65,3 +65,28 @@ def test_counters_are_read_under_verls_names():
 @pytest.mark.parametrize("fields", [{}, {"min_global_steps": 1}])
 def test_a_response_without_counters_was_not_drafted_for(fields):
     assert counters(fields, 8) == PLAIN
+
+
+def state(version: int, rejected: int, segments: int) -> dict:
+    return {
+        "drafter": {"version": version, "rejected": {"nan": rejected}},
+        "tap": {"segments": segments, "tokens": 10 * segments, "bytes": 0, "dropped": 0, "failures": 0},
+    }
+
+
+def test_counters_of_replicas_are_summed_and_each_step_has_its_own():
+    metrics = EngineMetrics()
+    first = metrics.step([state(1, 0, 5), state(2, 1, 7)])
+    assert first["tlt/drafter/version"] == 1, "the oldest that serves"
+    assert first["tlt/drafter/rejected"] == 1
+    assert first["tlt/tap/segments"] == 12 and first["tlt/tap/tokens"] == 120
+    second = metrics.step([state(2, 0, 9), state(2, 1, 8)])
+    assert second["tlt/drafter/version"] == 2
+    assert second["tlt/drafter/rejected"] == 0
+    assert second["tlt/tap/segments"] == 5 and second["tlt/tap/failures"] == 0
+
+
+def test_replicas_that_do_not_speculate_or_tap_report_nothing_of_it():
+    assert EngineMetrics().step([{}, {}]) == {}
+    quiet = EngineMetrics().step([{"drafter": {"version": 0, "rejected": {}}, "tap": {"failures": 0}}])
+    assert quiet == {"tlt/drafter/version": 0, "tlt/drafter/rejected": 0, "tlt/tap/failures": 0}

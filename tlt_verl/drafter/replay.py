@@ -35,7 +35,7 @@ Requests that the engine runs without drafts (penalties) are not what is replaye
 Equal to the engine's counts up to rounding: at a near tie of two logits another order of summation, or another
 dtype, picks another draft.
 
-Legend: S samples, T tokens of a sample, H hidden size, D head width, A roots at once, L cached rows, V vocabulary.
+Legend: S samples, T tokens of a sample, H hidden size, D head width, A roots at once, L rows of a sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from tlt_verl.drafter.packing import Sample
 from tlt_verl.drafter.trainer import SharedTensors, compute_dtype
 
 _ROWS = 2048  # rows, and roots, that are computed at once
-_SCORES = 2**25  # numbers at most in one block of attention scores or logits
-_QUERIES = 256  # roots at most in one block of attention: a block scores all rows before its last root
+_LOGITS = 2**25  # logits that are computed at once
+_BLOCK = 64  # roots in one block of attention: it scores all rows before its last root, and all own rows of the block
 
 
 @dataclass(frozen=True)
@@ -195,18 +195,15 @@ class _Roots:
     def __getitem__(self, index: torch.Tensor | slice) -> _Roots:
         return _Roots(*(getattr(self, item.name)[index] for item in fields(self)))
 
-    def blocks(self, heads: int) -> Iterator[tuple[int, int, int, int]]:
-        """Runs of roots of one sample, small enough to score at once: (begin, end, first row, row behind the last)."""
+    def blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """Runs of at most `_BLOCK` roots of one sample: (begin, end, the sample's first row, row behind the last)."""
         starts, counts = self.start.unique_consecutive(return_counts=True)
         rows, begin = self.row.tolist(), 0
         for first, count in zip(starts.tolist(), counts.tolist(), strict=True):
-            behind = begin + count
-            length = rows[behind - 1] + 1 - first
-            size = min(_QUERIES, max(1, _SCORES // (heads * length)))
-            for low in range(begin, behind, size):
-                high = min(low + size, behind)
+            for low in range(begin, begin + count, _BLOCK):
+                high = min(low + _BLOCK, begin + count)
                 yield low, high, first, rows[high - 1] + 1
-            begin = behind
+            begin += count
 
 
 class _Drafting:
@@ -294,7 +291,7 @@ class _Drafting:
 
     def _drafts(self, features: torch.Tensor) -> torch.Tensor:
         """Greedy drafts int64 [A] of predicted features (A, H)."""
-        rows = max(1, _SCORES // len(self.head))
+        rows = max(1, _LOGITS // len(self.head))
         best = [F.linear(part.to(self.dtype), self.head).argmax(-1) for part in features.split(rows)]
         drafts = torch.cat(best) if best else torch.zeros(0, dtype=torch.int64, device=self.device)
         return drafts if self.hot is None else self.hot[drafts]
@@ -321,38 +318,35 @@ def _attend(
 ) -> torch.Tensor:
     """Each root's query over the rows of its sample up to its own, and over its own drafts' rows: (A, heads * D).
 
-    Scores, softmax and sums are float32.
+    Args:
+        q: (A, heads, D).
+        cache: keys and values of the rows, (rows, KV heads, D) each.
+        own: keys and values of each root's drafts, (A, k, KV heads, D) each.
     """
     out = torch.empty_like(q)
-    with torch.autocast(q.device.type, enabled=False):
-        for low, high, first, behind in roots.blocks(q.shape[1]):
-            part = slice(low, high)
-            keys, values = (side[first:behind].transpose(0, 1).float() for side in cache)  # (KV heads, L, D)
-            own_keys, own_values = (side[part].float() for side in own)
-            out[part] = _attend_block(q[part].float(), keys, values, own_keys, own_values, roots.row[part] - first).to(
-                q.dtype
-            )
+    for low, high, first, behind in roots.blocks():
+        keys, values = (
+            torch.cat([rows[first:behind], drafts[low:high].flatten(0, 1)]).transpose(0, 1)[None]
+            for rows, drafts in zip(cache, own, strict=True)
+        )  # (1, KV heads, L + block * k, D)
+        queries = q[low:high].unflatten(1, (keys.shape[1], -1))  # (block, KV heads, group, D)
+        seen = _seen(roots.row[low:high] - first, behind - first, own[0].shape[1])
+        mixed = F.scaled_dot_product_attention(
+            queries.transpose(0, 1).flatten(1, 2)[None],
+            keys,
+            values,
+            attn_mask=seen.repeat_interleave(queries.shape[2], dim=0),
+        )
+        out[low:high] = mixed[0].unflatten(1, (high - low, -1)).transpose(0, 1).flatten(1, 2)
     return out.flatten(1)
 
 
-def _attend_block(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    own_keys: torch.Tensor,
-    own_values: torch.Tensor,
-    last: torch.Tensor,
-) -> torch.Tensor:
-    """One block of roots of one sample, (A, heads, D). Own rows are (A, k, KV heads, D); `last` is int64 [A], the last
-    cached row that each root sees."""
-    A, heads, D = q.shape
-    kv_heads, L, _ = keys.shape
-    grouped = q.view(A, kv_heads, heads // kv_heads, D).transpose(0, 1) * D**-0.5  # (KV heads, A, group, D)
-    cached = (grouped.flatten(1, 2) @ keys.mT).view(kv_heads, A, -1, L)
-    later = torch.arange(L, device=q.device) > last[:, None]  # (A, L)
-    cached.masked_fill_(later[:, None], float("-inf"))
-    drafted = torch.einsum("hagd,akhd->hagk", grouped, own_keys)
-    weights = torch.cat([cached, drafted], dim=-1).softmax(-1)
-    mixed = (weights[..., :L].flatten(1, 2) @ values).view(kv_heads, A, -1, D)
-    mixed = mixed + torch.einsum("hagk,akhd->hagd", weights[..., L:], own_values)
-    return mixed.transpose(0, 1).reshape(A, heads, D)
+def _seen(last: torch.Tensor, rows: int, own_rows: int) -> torch.Tensor:
+    """What each root of a block attends to: cached rows up to `last` (int64 [block]), then its own of all own rows.
+
+    Returns:
+        bool [block, rows + block * own_rows].
+    """
+    cached = torch.arange(rows, device=last.device) <= last[:, None]
+    own = torch.eye(len(last), dtype=torch.bool, device=last.device).repeat_interleave(own_rows, dim=1)
+    return torch.cat([cached, own], dim=1)

@@ -44,6 +44,30 @@ def step_metrics(responses: Sequence[Counters], generation_s: float) -> dict[str
     return metrics
 
 
+class EngineMetrics:
+    """The metrics of a step from the replicas' states (`TLTWorker.state`), which count since their start."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}
+
+    def step(self, states: Sequence[dict]) -> dict[str, float]:
+        """`tlt/drafter/version` is the oldest that serves; the others count what happened in this step, on all replicas.
+
+        Args:
+            states: one a replica; empty ones do not speculate.
+        """
+        states = [state for state in states if state]
+        if not states:
+            return {}
+        totals = {"tlt/drafter/rejected": float(sum(sum(s["drafter"]["rejected"].values()) for s in states))}
+        for name in ("segments", "tokens", "bytes", "dropped", "overwritten", "failures"):
+            if any(name in state["tap"] for state in states):
+                totals[f"tlt/tap/{name}"] = float(sum(state["tap"].get(name, 0) for state in states))
+        metrics = {name: total - self._before.get(name, 0.0) for name, total in totals.items()}
+        self._before = totals
+        return {**metrics, "tlt/drafter/version": float(min(state["drafter"]["version"] for state in states))}
+
+
 def counters(extra_fields: dict, tokens: int) -> Counters:
     """The counters of one response from verl's `extra_fields`; a response without them was not drafted for."""
     return Counters(

@@ -7,8 +7,11 @@ that gate (`mtp`) is opened on the server's own copy of the configuration, so no
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import ray
 from sglang.srt.managers.io_struct import CheckWeightsReqInput
 from sglang.srt.plugins import load_plugins
 from verl.plugin.platform import get_platform
@@ -17,6 +20,8 @@ from verl.workers.config import MtpConfig, RolloutConfig
 from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpServer
 
 from tlt_verl.config import TLTConfig, load_config
+from tlt_verl.engine import client
+from tlt_verl.engine.options import EngineOptions
 
 ALGORITHM = "TLT"
 FINGERPRINT_ACTION = "tlt_fingerprint"
@@ -35,6 +40,22 @@ _CPU_ENGINE = {
 def tlt_config(rollout: RolloutConfig) -> TLTConfig:
     """The plugin's options of a rollout configuration."""
     return load_config((rollout.custom or {}).get("tlt"))
+
+
+def engine_options(options: TLTConfig, name: str) -> EngineOptions:
+    """What the schedulers of a replica are told.
+
+    Args:
+        name: of the replica, unique on the node.
+    """
+    tap = options.tap
+    job = name.rpartition("-")[0]
+    return EngineOptions(
+        tap=name if tap.enable else None,
+        tap_bytes=round(tap.buffer_gb * 2**30),
+        tap_tokens_per_step=tap.max_tokens_per_step,
+        publications=str(Path(tempfile.gettempdir()) / f"tlt-drafters-{job}"),
+    )
 
 
 def with_engine_options(rollout: RolloutConfig) -> RolloutConfig:
@@ -69,7 +90,31 @@ class TLTHttpServer(SGLangHttpServer):
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
         """Launch the engine, with SGLang's plugins loaded before verl builds the arguments that name one of them."""
         load_plugins()
+        job = ray.get_runtime_context().get_job_id()
+        options = engine_options(tlt_config(self.config), f"{job}-{self.replica_rank}")
+        if options.publications is not None:
+            Path(options.publications).mkdir(parents=True, exist_ok=True)
+        options.export()
         await super().launch_server(*args, **kwargs)
+
+    async def drafter_state(self) -> dict[str, Any]:
+        """What the schedulers' worker says of itself (`TLTWorker.state`); empty where the engine does not speculate."""
+        return await client.state(self.tokenizer_manager) if self._speculates() else {}
+
+    async def publish_drafter(self, version: int) -> str | None:
+        """Let the drafter `v<version>` of the folder of publications serve, while requests are in flight.
+
+        Returns:
+            None when it serves, or why it was rejected.
+        """
+        return await client.publish(self.tokenizer_manager, version)
+
+    def publications(self) -> str | None:
+        """The folder from which drafters are published; the same for all replicas of a job on a node."""
+        return EngineOptions.from_environment().publications
+
+    def _speculates(self) -> bool:
+        return self.tokenizer_manager is not None and self.config.mtp is not None and self.config.mtp.enable_rollout
 
     async def weight_fingerprints(self) -> tuple[dict[str, str], dict[str, str]]:
         """Fingerprints of the engine's tensors under their checkpoint names: the target's, and the drafter's own.

@@ -129,9 +129,7 @@ class Learner:
         while time.monotonic() < end and (tokens is None or self.tokens < tokens):
             samples = self.buffer.samples()
             if not samples:
-                raise RuntimeError(
-                    "nothing to train on: no rollout of a prompt that is not held out"
-                )
+                raise RuntimeError("nothing to train on: no rollout of a prompt that is not held out")
             for pack in fill(samples, self._pack_tokens, self._order):
                 if not any(sample.rows and sample.first_wanted < sample.rows for sample in pack):
                     continue
