@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tlt_verl.engine.options import EngineOptions
 from tlt_verl.fingerprint import fingerprints
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +57,7 @@ class Server:
             "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": str(scratch / "cache"),
         }
+        EngineOptions(draft_untrained=True).export(environment)
         self._out = self.log.open("w")
         self.process = subprocess.Popen(
             command, env=environment, stdout=self._out, stderr=subprocess.STDOUT, start_new_session=True

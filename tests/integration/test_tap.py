@@ -12,6 +12,7 @@ with the hidden state of another request, tokens behind the end of a response, l
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 
 import pytest
@@ -22,6 +23,7 @@ from random_weights import spread_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tlt_verl.engine.options import EngineOptions
+from tlt_verl.segments import find_rings
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +97,10 @@ def recorded(request, target):
         chunked_prefill_size=CHUNK,
         **speculative("TLT", SHAPES[request.param], folder / "drafter"),
     )
+    deadline = time.monotonic() + 10
+    while find_rings(name) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not find_rings(name), "the engine left its ring behind"
     segments = defaultdict(list)
     for segment in torch.load(saved):
         segments[segment["request_id"]].append(segment)

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from fitted_drafter import fit_drafter
+from transformers import AutoModelForCausalLM
 
 from tlt_verl.report.console import is_training_step, parse_step
 
@@ -26,8 +29,10 @@ pytestmark = pytest.mark.slow
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verl")
     make_model(folder / "model")
+    fit_drafter(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), folder / "drafter")
     make_prompts(folder / "prompts.parquet")
     loops = "- name: two_turns\n  _target_: tiny_task.TwoTurns\n"
+    loops += "- name: publishes_once\n  _target_: tiny_task.PublishesOnce\n"
     (folder / "loops.yaml").write_text(loops)
     return folder
 
@@ -43,6 +48,7 @@ def run(task: Path, *overrides: str, timeout_s: int = 420) -> tuple[list[dict[st
         "RAY_TMPDIR": "/tmp",
         "XDG_CACHE_HOME": str(task / "cache"),
         "PYTHONPATH": str(HERE),
+        "TLT_TEST_DRAFTER": str(task / "drafter"),
     }
     base = [
         f"data.train_files={task}/prompts.parquet",
@@ -86,6 +92,7 @@ def test_a_tree_run_validates_trains_saves_and_resumes_into_two_turns(task):
     steps, output = run(
         task,
         "actor_rollout_ref.rollout.custom.tlt.strategy.arms=['eagle:2x2@5']",
+        f"+actor_rollout_ref.rollout.custom.tlt.drafter.path={task}/drafter",
         "trainer.total_training_steps=2",
         "trainer.val_before_train=true",
         "trainer.save_freq=2",
@@ -101,6 +108,7 @@ def test_a_tree_run_validates_trains_saves_and_resumes_into_two_turns(task):
         task,
         "trainer.total_training_steps=3",
         "trainer.resume_mode=auto",
+        f"+actor_rollout_ref.rollout.custom.tlt.drafter.path={task}/drafter",
         "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={task}/loops.yaml",
     )
@@ -117,3 +125,25 @@ def test_two_replicas_serve_a_data_parallel_policy(task):
     assert len(steps) == 3
     assert_logprobs_agree(steps)
     assert len(fingerprints(output)) == 2 * 4
+
+
+def test_a_drafter_is_published_in_a_run_and_the_tap_records(task):
+    """Drafting is off with the untrained drafter, and on from the publication in the first step."""
+    steps, output = run(
+        task,
+        "trainer.total_training_steps=2",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=publishes_once",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={task}/loops.yaml",
+        "+actor_rollout_ref.rollout.custom.tlt.tap.enable=true",
+        "+actor_rollout_ref.rollout.custom.tlt.tap.buffer_gb=0.01",
+    )
+    first, second = steps
+    assert first["tlt/drafter/version"] == second["tlt/drafter/version"] == 1
+    assert first["tlt/draft_share/off"] > 0, "an untrained drafter was drafted with"
+    assert second["tlt/draft_share/eagle"] > 0.9 and second["tlt/accept_len"] > 1
+    responses = first["response_length/mean"] * 8
+    assert first["tlt/tap/tokens"] > 0.9 * responses and second["tlt/tap/tokens"] > 0
+    assert first["tlt/tap/failures"] == first["tlt/tap/dropped"] == first["tlt/drafter/rejected"] == 0
+    assert_logprobs_agree(steps)
+    assert len(fingerprints(output)) == 3
+    assert not list(Path("/dev/shm").glob("tlt-*.ring")), "the run left a ring behind"

@@ -3,6 +3,9 @@
 Also an agent loop of two turns. verl imports this file by path for the reward, and by name for the agent loop.
 """
 
+import asyncio
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -103,3 +106,43 @@ class TwoTurns(AgentLoopBase):
             metrics={},
             extra_fields={**second.extra_fields, "turn_scores": [], "tool_rewards": []},
         )
+
+
+class PublishesOnce(AgentLoopBase):
+    """One turn; the first of a process publishes a drafter while its request is in flight."""
+
+    published = False
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs) -> "AgentLoopOutput":
+        text = self.tokenizer.apply_chat_template(
+            list(kwargs["raw_prompt"]), add_generation_prompt=True, tokenize=False
+        )
+        prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        turn = asyncio.create_task(
+            self.server_manager.generate(
+                request_id=uuid4().hex, prompt_ids=prompt, sampling_params={**sampling_params, "max_new_tokens": 40}
+            )
+        )
+        if not PublishesOnce.published:
+            PublishesOnce.published = True
+            await self._publish()
+        out = await turn
+        return AgentLoopOutput(
+            prompt_ids=prompt,
+            response_ids=out.token_ids,
+            response_mask=[1] * len(out.token_ids),
+            response_logprobs=out.log_probs,
+            num_turns=2,
+            metrics={},
+            extra_fields={**out.extra_fields, "turn_scores": [], "tool_rewards": []},
+        )
+
+    @staticmethod
+    async def _publish() -> None:
+        import ray
+
+        server = ray.get_actor("sglang_server_0_0")
+        folder = Path(await server.publications.remote())
+        shutil.copytree(os.environ["TLT_TEST_DRAFTER"], folder / "v1")
+        reason = await server.publish_drafter.remote(1)
+        assert reason is None, reason

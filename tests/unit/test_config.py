@@ -95,7 +95,10 @@ def test_an_override_on_hydras_command_line_reads_as_written():
     ("node", "parts"),
     [
         ({"drafter": {"pth": "x"}}, ["drafter.pth", "'x'", "path, algorithm", f"Did you mean {PREFIX}.drafter.path?"]),
-        ({"drafters": {"path": "x"}}, [f"{PREFIX}.drafters:", "drafter, strategy, tap, debug", f"mean {PREFIX}.drafter?"]),
+        (
+            {"drafters": {"path": "x"}},
+            [f"{PREFIX}.drafters:", "drafter, strategy, tap, debug", f"mean {PREFIX}.drafter?"],
+        ),
         ({"fingerprint": True}, [f"{PREFIX}.fingerprint:", "Did you mean the option debug.fingerprint?"]),
         ({"zzz": 1}, [f"{PREFIX}.zzz: unknown key (got 1)"]),
         ({7: 1}, [f"{PREFIX}.7: unknown key"]),

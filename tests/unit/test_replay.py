@@ -123,10 +123,10 @@ def test_the_last_two_features_are_not_read(world: World) -> None:
 
 
 def test_small_blocks_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks that end inside samples, and blocks of one and of two roots, give the counts of one pass."""
+    """Chunks that end inside samples, blocks of a few roots and logits row by row give the counts of one pass."""
     monkeypatch.setattr(replay_module, "_ROWS", 37)
-    monkeypatch.setattr(replay_module, "_QUERIES", 5)
-    monkeypatch.setattr(replay_module, "_SCORES", 4 * 40 * 2)
+    monkeypatch.setattr(replay_module, "_BLOCK", 5)
+    monkeypatch.setattr(replay_module, "_LOGITS", 96)
     assert_as_simulated(world, world.shared, world.samples, 3)
 
 

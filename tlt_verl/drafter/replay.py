@@ -140,7 +140,7 @@ def replay(
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype: got {dtype}, takes torch.bfloat16 or torch.float32")
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        runs = _Drafting(drafter, shared, num_steps).runs(samples)
+        runs = _Drafting(drafter, shared, num_steps, dtype).runs(samples)
     walks = [_walk(run.tolist(), num_steps) for run in runs.split([_num_roots(sample) for sample in samples])]
     return Replay(
         num_steps,
@@ -209,13 +209,12 @@ class _Roots:
 class _Drafting:
     """Drafts at every possible root at once, and counts the accepted ones. A root that misses drafts no further."""
 
-    def __init__(self, drafter: EagleDrafter, shared: SharedTensors, num_steps: int) -> None:
+    def __init__(self, drafter: EagleDrafter, shared: SharedTensors, num_steps: int, dtype: torch.dtype) -> None:
         self.drafter, self.num_steps = drafter, num_steps
-        self.embed, self.hot = shared.embed, shared.hot
-        self.head = shared.head if shared.hot is None else shared.head[shared.hot]  # (Vh, H)
-        parameter = next(drafter.parameters())
-        self.dtype, self.device = parameter.dtype, shared.embed.device
-        self.head = self.head.to(self.dtype)
+        self.embed, self.hot, self.device = shared.embed, shared.hot, shared.embed.device
+        self.dtype = next(drafter.parameters()).dtype
+        head = shared.head if shared.hot is None else shared.head[shared.hot]  # (Vh, H)
+        self.head = head.to(torch.bfloat16 if dtype == torch.bfloat16 else self.dtype)
 
     def runs(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Accepted drafts at every possible root, int64 on the CPU, flat over the samples.
@@ -279,6 +278,8 @@ class _Drafting:
             drafts = self._drafts(features)
             hit = drafts == tokens[roots.token + depth]
             accepted[alive] += hit
+            if depth == self.num_steps - 1:
+                break
             on = (hit & (roots.left > depth + 1)).nonzero()[:, 0]
             alive, roots = alive[on], roots[on]
             x = self.drafter.merge(self._embedded(drafts[on]), features[on].to(self.dtype))
@@ -292,7 +293,7 @@ class _Drafting:
     def _drafts(self, features: torch.Tensor) -> torch.Tensor:
         """Greedy drafts int64 [A] of predicted features (A, H)."""
         rows = max(1, _LOGITS // len(self.head))
-        best = [F.linear(part.to(self.dtype), self.head).argmax(-1) for part in features.split(rows)]
+        best = [F.linear(part.to(self.head.dtype), self.head).argmax(-1) for part in features.split(rows)]
         drafts = torch.cat(best) if best else torch.zeros(0, dtype=torch.int64, device=self.device)
         return drafts if self.hot is None else self.hot[drafts]
 

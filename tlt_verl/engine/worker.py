@@ -20,6 +20,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
 from tlt_verl.engine import tap_batch
+from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.drafting import Drafting
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.engine.publication import Publications
@@ -186,6 +187,7 @@ class TLTWorker(EAGLEWorkerV2):
         except OSError as error:
             logger.error("tlt: no tap, rollouts go on without it: %s", error)
             return None
+        self._janitor = remove_after_death(writer.path)
         stream = None if self.device == "cpu" else torch.get_device_module(self.device).Stream()
         return Tap(writer, slot_tokens=SLOT_TOKENS, max_tokens_per_step=self.options.tap_tokens_per_step, stream=stream)
 

@@ -32,7 +32,7 @@ class TLTAdapter(ServerAdapter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._fingerprint = tlt_config(self.config).debug.fingerprint
-        self._drafter: dict[str, str] | None = None
+        self._drafter: tuple[int, dict[str, str]] | None = None  # version, fingerprints
 
     async def resume(self, tags: list[str]) -> None:
         """Give device memory back to the engine; on a CPU there is none."""
@@ -73,15 +73,16 @@ class TLTAdapter(ServerAdapter):
 
     async def _compare(self, sent: dict[str, str], global_steps: Any) -> None:
         server: Any = self.server_actor  # type: ignore[has-type]
-        target, drafter = await server.weight_fingerprints.remote()
+        target, drafter, version = await server.weight_fingerprints.remote()
         if different := differences(sent, target):
             raise WeightSyncError(
                 f"step {global_steps}: {len(different)} of {len(sent)} target tensors differ from the policy: "
                 f"{different[:5]}"
             )
-        if self._drafter is not None and (changed := differences(self._drafter, drafter)):
+        before = self._drafter
+        if before is not None and before[0] == version and (changed := differences(before[1], drafter)):
             raise WeightSyncError(f"step {global_steps}: the policy's sync changed the drafter's tensors {changed}")
-        self._drafter = drafter
+        self._drafter = version, drafter
         print(  # verl's worker log; a debug option speaks on stdout
             f"tlt fingerprint: step {global_steps}: {len(sent)} target tensors equal the policy's, "
             f"{len(drafter)} drafter tensors unchanged",

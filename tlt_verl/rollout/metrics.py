@@ -51,7 +51,7 @@ class EngineMetrics:
         self._before: dict[str, float] = {}
 
     def step(self, states: Sequence[dict]) -> dict[str, float]:
-        """`tlt/drafter/version` is the oldest that serves; the others count what happened in this step, on all replicas.
+        """`tlt/drafter/version` is the oldest that serves; the others count what this step did, on all replicas.
 
         Args:
             states: one a replica; empty ones do not speculate.

@@ -116,8 +116,11 @@ class TLTHttpServer(SGLangHttpServer):
     def _speculates(self) -> bool:
         return self.tokenizer_manager is not None and self.config.mtp is not None and self.config.mtp.enable_rollout
 
-    async def weight_fingerprints(self) -> tuple[dict[str, str], dict[str, str]]:
+    async def weight_fingerprints(self) -> tuple[dict[str, str], dict[str, str], int]:
         """Fingerprints of the engine's tensors under their checkpoint names: the target's, and the drafter's own.
+
+        Returns:
+            Also the drafter's version, which a publication changes with its tensors.
 
         Raises:
             RuntimeError: the engine could not compute them.
@@ -133,4 +136,5 @@ class TLTHttpServer(SGLangHttpServer):
             for name, value in payload.items()
             if name.startswith(_DRAFTER_PREFIX) and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
         }
-        return target, drafter
+        state = await self.drafter_state()
+        return target, drafter, state["drafter"]["version"] if state else 0
