@@ -83,3 +83,7 @@ def _add_warmup(commands: argparse._SubParsersAction) -> None:
     warmup.add_argument("--seed", type=int, help="of the split, the engine and the trainer (0)")
     warmup.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     warmup.add_argument("--dtype", help="of the target in the engine (bfloat16)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

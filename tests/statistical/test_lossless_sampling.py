@@ -4,7 +4,7 @@ The joint distribution of the first tokens of a request, from at least 20,000 sa
 chi-square. The first token comes from the prefill, all others from verification; tokens 3 to 5 need accepted drafts of
 every depth. Each result prints the smallest departure that it would have seen: with 20,000 samples, at a significance
 of 2e-5, any distribution at a total variation of 0.054 or more from the exact one (0.032 with top-k and top-p) fails
-with a probability of at least 0.99; with the 4,096 of a penalised case, of 0.1. There are 31 such tests: a right engine
+with a probability of at least 0.99; with the 4,096 of a penalised case, of 0.1. There are 35 such tests: a right engine
 fails the file less than once in 1,000. Engines are seeded and get each batch whole, so a result is the same in every
 run.
 
@@ -15,6 +15,7 @@ parameters or penalties of one request that reach another. Two negative controls
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,11 +28,14 @@ from fitted_drafter import fit_drafter
 from negative_control import write_plugin
 from small_model import make_target
 
+from tlt_verl.drafter import HOT_TOKENS
+
 pytestmark = pytest.mark.slow
 
 PROMPT = [1, 5, 7, 2, 9, 3]
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
 TIMEOUT_S = 600
+HOT = [1, 2, 4, 7, 8, 10]
 SAMPLES, CALLS = 20000, 10
 FEWER, FEWER_CALLS = 4096, 4  # where 20,000 are not asked for
 
@@ -198,6 +202,27 @@ def test_logprobs_are_the_targets_at_the_sampling_temperature(tlt, model, name):
         wanted = sequence_logprobs(model, PROMPT, output, params)
         assert len(logprobs) == 12
         torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def hot(request, folder, drafter):
+    """The answers of an engine whose drafter knows half of the vocabulary and cannot propose the rest."""
+    reduced = folder / f"hot-{request.param.split()[0]}"
+    shutil.copytree(drafter, reduced)
+    torch.save(HOT, reduced / HOT_TOKENS)
+    (answer,) = run(folder, [BATCHES["plain"]], **speculative("TLT", SHAPES[request.param], reduced))
+    return answer
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_hot_vocabulary_changes_what_is_drafted_and_nothing_else(hot, exact, name):
+    outputs = BATCHES["plain"].outputs(hot, name)
+    assert len(outputs) >= 20000
+    assert compared(outputs, exact, CASES[name]).p > ALPHA
+    assert {token for output in outputs for token in output} > set(HOT), "only hot tokens came out"
+    length = accept_length(BATCHES["plain"], hot, name)
+    print(f"accept length {length:.2f} with a vocabulary of {len(HOT)}")
+    assert 1.1 <= length, "too few drafts are accepted to test acceptance"
 
 
 @pytest.fixture(scope="module")

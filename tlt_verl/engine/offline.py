@@ -32,32 +32,34 @@ class Rollouts:
     """What came of a list of prompts.
 
     Args:
+        begun: prompts that were rolled out, also in part.
         tokens: produced, those of responses that were cut by the time included.
         seconds: wall time.
-        verifications, accepted: of drafts; without drafting 0.
         responses: token ids of the responses that ended, by the prompt's place in the list.
+        verifications: of drafts, for these responses; without drafting 0.
+        pauses_ms: how long the scheduler paused for each publication meanwhile.
     """
 
+    begun: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    verifications: int = 0
-    accepted: int = 0
-    completed: int = 0
     responses: dict[int, list[int]] = field(default_factory=dict)
+    verifications: int = 0
+    pauses_ms: list[float] = field(default_factory=list)
 
     @property
     def accept_len(self) -> float:
-        """Tokens produced per verification, without the tokens that prefills produced; 1 without any."""
-        return (self.tokens - self.completed) / self.verifications if self.verifications else 1.0
+        """Tokens per verification over the responses that ended, the prefills' tokens not counted; 1 without any."""
+        tokens = sum(map(len, self.responses.values())) - len(self.responses)
+        return tokens / self.verifications if self.verifications else 1.0
 
     def add(self, place: int, response: dict[str, Any]) -> None:
         """Count one response of the engine."""
         meta = response["meta_info"]
+        self.begun += 1
         self.tokens += meta["completion_tokens"]
-        self.verifications += meta.get("spec_verify_ct", 0)
-        self.accepted += meta.get("spec_num_correct_drafts", 0)
-        self.completed += 1
         if meta["finish_reason"]["type"] != "abort":
+            self.verifications += meta.get("spec_verify_ct", 0)
             self.responses[place] = response["output_ids"]
 
 
@@ -122,19 +124,22 @@ class OfflineEngine:
         sampling: dict[str, Any],
         *,
         seconds: float | None = None,
-        tokens: int | None = None,
+        at_once: int | None = None,
+        publish: Sequence[int] = (),
         on_segments: Callable[[list[Segment]], None] = lambda segments: None,
         on_progress: Callable[[Rollouts], None] = lambda rollouts: None,
     ) -> Rollouts:
-        """Roll out the prompts in their order, `max_running` at a time.
+        """Roll out the prompts in their order.
 
         Args:
             sampling: SGLang's sampling parameters.
-            seconds, tokens: end there; requests in flight are aborted, their tokens count.
+            seconds: end there; requests in flight are aborted, their tokens count.
+            at_once: requests at a time; None is `max_running`.
+            publish: versions of the drafter to publish meanwhile, one after the other.
             on_segments: gets what the tap recorded, while it goes on.
         """
         return self._engine.loop.run_until_complete(
-            self._run(prompts, sampling, seconds, tokens, on_segments, on_progress)
+            self._run(prompts, sampling, seconds, at_once or self._max_running, publish, on_segments, on_progress)
         )
 
     def publish(self, version: int) -> str | None:
@@ -181,12 +186,13 @@ class OfflineEngine:
         prompts: Sequence[Sequence[int]],
         sampling: dict[str, Any],
         seconds: float | None,
-        tokens: int | None,
+        at_once: int,
+        publish: Sequence[int],
         on_segments: Callable[[list[Segment]], None],
         on_progress: Callable[[Rollouts], None],
     ) -> Rollouts:
         rollouts, begin = Rollouts(), time.monotonic()
-        slots, over = asyncio.Semaphore(self._max_running), asyncio.Event()
+        slots, over = asyncio.Semaphore(at_once), asyncio.Event()
 
         async def one(place: int) -> None:
             async with slots:
@@ -194,13 +200,14 @@ class OfflineEngine:
                     rollouts.add(place, await self._generate(prompts[place], sampling))
 
         tasks = [asyncio.create_task(one(place)) for place in range(len(prompts))]
+        tasks += [asyncio.create_task(self._publish(publish, rollouts))] if publish else []
         try:
-            while not all(task.done() for task in tasks):
-                await asyncio.sleep(_POLL_S)
+            pending: set[asyncio.Task] = set(tasks)
+            while pending:
+                _, pending = await asyncio.wait(pending, timeout=_POLL_S)
                 self._pump(on_segments)
                 on_progress(rollouts)
-                late = seconds is not None and time.monotonic() - begin > seconds
-                if (late or (tokens is not None and rollouts.tokens >= tokens)) and not over.is_set():
+                if seconds is not None and time.monotonic() - begin > seconds and not over.is_set():
                     over.set()
                     self._engine.tokenizer_manager.abort_request(abort_all=True)
             for task in tasks:
@@ -215,6 +222,15 @@ class OfflineEngine:
 
     async def _generate(self, prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
         return await self._engine.async_generate(input_ids=list(prompt), sampling_params=sampling)
+
+    async def _publish(self, versions: Sequence[int], rollouts: Rollouts) -> None:
+        from tlt_verl.engine import client
+
+        for version in versions:
+            if (reason := await client.publish(self._engine.tokenizer_manager, version)) is not None:
+                raise RuntimeError(reason)
+            state = await client.state(self._engine.tokenizer_manager)
+            rollouts.pauses_ms.append(state["drafter"]["pause_ms"])
 
     def _pump(self, on_segments: Callable[[list[Segment]], None]) -> None:
         for reader in self._readers:

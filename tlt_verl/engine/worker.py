@@ -48,6 +48,7 @@ class TLTWorker(EAGLEWorkerV2):
         super().__init__(*args, **kwargs)
         self.policy_version = 0
         self._policy_changed = False
+        self._tapping = True
         self._tap = self._open_tap() if self.options.tap is not None and self.ps.tp_rank == 0 else None
         self._tap_failures = int(self.options.tap is not None and self.ps.tp_rank == 0 and self._tap is None)
 
@@ -75,9 +76,10 @@ class TLTWorker(EAGLEWorkerV2):
         if self._publications.drafts_are_stale and not is_prefill and batch.spec_info is not None:
             batch.spec_info.topk_index = torch.zeros_like(batch.spec_info.topk_index)  # one wrong draft a request
             self._publications.drafts_are_stale = False
-        lens = (list(batch.prefix_lens), list(batch.extend_lens)) if is_prefill and self._tap is not None else ()
+        tapping = self._tap is not None and self._tapping and not batch.forward_mode.is_idle()
+        lens = (list(batch.prefix_lens), list(batch.extend_lens)) if tapping and is_prefill else ()
         result = super().forward_batch_generation(batch, *args, **kwargs)
-        if self._tap is not None and not batch.forward_mode.is_idle():
+        if tapping:
             hidden = result.logits_output.hidden_states
             if hidden.device.type != "cpu":  # a captured graph writes its next answer to the same memory
                 hidden = hidden.clone()
@@ -105,7 +107,7 @@ class TLTWorker(EAGLEWorkerV2):
         return answer
 
     def control(self, commands: dict[str, float]) -> bool:
-        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` 1 or 0."""
+        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0."""
         done = True
         for name, value in commands.items():
             if name == "stage":
@@ -117,6 +119,8 @@ class TLTWorker(EAGLEWorkerV2):
                 done &= published
             elif name == "drafting":
                 self._drafting.turn(bool(value))
+            elif name == "tapping":
+                self._tapping = bool(value)
             else:
                 done = False
         return done

@@ -30,10 +30,10 @@ from tlt_verl.warmup.learner import Learner
 from tlt_verl.warmup.options import WarmupOptions
 from tlt_verl.warmup.prompts import read_prompts, split_prompts
 
-CYCLES = ((0.28, 0.32), (0.08, 0.32))
-"""Shares of the time behind the engine's start: rollouts, then training, twice."""
+CYCLES = ((0.15, 0.20), (0.10, 0.20), (0.05, 0.22))
+"""Shares of the time behind the engine's start: rollouts, then training, cycle by cycle. The rest is for measuring."""
 
-_MEASURE_SHARE = 1.0 - sum(map(sum, CYCLES))
+_LEAST_MEASURE_S = 15.0
 _BEFORE_PROMPTS, _BEFORE_TOKENS = 8, 24  # an untrained drafter is slow
 
 
@@ -111,7 +111,8 @@ class Warmup:
             if stopped := self.options.tokens is not None and self._learner.tokens >= self.options.tokens:
                 break
         self._say("measuring")
-        after = self._measure(engine, self._held_out, self.options.max_new_tokens)
+        left_s = max(_LEAST_MEASURE_S, 60 * self.options.minutes - self._elapsed())
+        after = self._measure(engine, self._held_out, self.options.max_new_tokens, left_s)
         hot = self._learner.hot
         return {
             "minutes": self._elapsed() / 60,
@@ -162,23 +163,20 @@ class Warmup:
         )
 
     def _roll_out(self, engine: OfflineEngine, seconds: float, rolled: Rollouts) -> None:
-        """Rollouts of the training prompts in their order, into the buffer."""
-        start = self._next_prompt
-        prompts = self._training[start:] + self._training[:start]
-
-        def progress(so_far: Rollouts) -> None:
-            self._say(f"rollouts: {rolled.tokens + so_far.tokens} tokens")
-
-        done = engine.run(
-            prompts,
-            self._sampling(self.options.max_new_tokens),
-            seconds=seconds,
-            on_segments=self._learner.buffer.add,
-            on_progress=progress,
-        )
-        self._next_prompt = (start + done.completed) % len(self._training)
-        rolled.tokens += done.tokens
-        rolled.seconds += done.seconds
+        """Rollouts of the training prompts in their order, again and again, into the buffer."""
+        end = time.monotonic() + seconds
+        while (left_s := end - time.monotonic()) > 0:
+            start = self._next_prompt
+            done = engine.run(
+                self._training[start:] + self._training[:start],
+                self._sampling(self.options.max_new_tokens),
+                seconds=left_s,
+                on_segments=self._learner.buffer.add,
+                on_progress=lambda done: self._say(f"rollouts: {rolled.tokens + done.tokens} tokens"),
+            )
+            self._next_prompt = (start + done.begun) % len(self._training)
+            rolled.tokens += done.tokens
+            rolled.seconds += done.seconds
 
     def _publish(self, engine: OfflineEngine) -> None:
         """Save a checkpoint; let it serve if the gate says so."""
@@ -203,10 +201,13 @@ class Warmup:
         finally:
             engine.command(drafting=0)
 
-    def _measure(self, engine: OfflineEngine, prompts: list[list[int]], max_new_tokens: int) -> Measured:
-        """Roll out held-out prompts, then replay what came out with the trainer's drafter."""
+    def _measure(
+        self, engine: OfflineEngine, prompts: list[list[int]], max_new_tokens: int, seconds: float | None = None
+    ) -> Measured:
+        """Roll out held-out prompts, then replay the responses that ended with the trainer's drafter."""
         segments: list[Segment] = []
-        done = engine.run(prompts, self._sampling(max_new_tokens), on_segments=segments.extend)
+        sampling = self._sampling(max_new_tokens)
+        done = engine.run(prompts, sampling, seconds=seconds, on_segments=segments.extend)
         samples = _whole_samples(prompts, done, segments)
         return Measured(
             accept_len=done.accept_len,

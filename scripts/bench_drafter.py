@@ -1,0 +1,197 @@
+"""What the drafter costs in a real engine: the tap, a draft step with and without a hot vocabulary, a publication.
+
+    scripts/bench_drafter.py --target models/smollm2-135m-reasoner --drafter DRAFTER --prompts TEST.parquet
+
+DRAFTER is a checkpoint of `tlt-verl warmup` with a hot vocabulary. One engine, bfloat16; everything that is compared is
+run in turn in it, on the same prompts, greedy, so that both sides do the same work. Prints tables; --json keeps the
+figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from tlt_verl.config import Strategy
+from tlt_verl.drafter.checkpoint import Checkpoint, load_checkpoint
+from tlt_verl.drafter.eagle import HOT_TOKENS
+from tlt_verl.engine.offline import OfflineEngine
+from tlt_verl.warmup.prompts import read_prompts
+
+TIMES = "TLT_BENCH_TIMES"
+PLUGIN = """
+import os, time
+from collections import defaultdict
+
+def install():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def timed(name, steps):
+        def around(original, worker, *args, **kwargs):
+            begin = time.perf_counter()
+            result = original(worker, *args, **kwargs)
+            with open(os.environ["TLT_BENCH_TIMES"], "a") as file:
+                print(name, (time.perf_counter() - begin) / steps(worker), file=file)
+            return result
+        return around
+
+    worker = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
+    draft = timed("draft", lambda worker: max(1, worker.speculative_num_steps - 1))
+    HookRegistry.register(worker + ".draft", draft, HookType.AROUND)
+    HookRegistry.register(worker + "._draft_extend_for_decode", timed("extend", lambda worker: 1), HookType.AROUND)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--drafter", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--only", choices=("tap", "hot", "publication"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    checkpoint = load_checkpoint(options.drafter)
+    if checkpoint.hot is None:
+        sys.exit(f"--drafter: got {options.drafter}, which has no hot vocabulary to compare with")
+    prompts = read_prompts(options.prompts, AutoTokenizer.from_pretrained(options.target))
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = bench(options, checkpoint, prompts, Path(scratch))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2))
+
+
+def bench(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[list[int]], scratch: Path) -> dict:
+    times = prepare_plugin(scratch)
+    write_variants(checkpoint, scratch / "versions")
+    sampling = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens}
+    strategy = Strategy("eagle", options.steps, 1, options.steps + 1)
+    engine = OfflineEngine(
+        options.target,
+        scratch / "versions" / "v1",
+        strategy,
+        publications=scratch / "versions",
+        name=f"bench-{os.getpid()}",
+        max_running=8,
+        device="cpu",
+        dtype="bfloat16",
+        max_total_tokens=16384,
+    )
+    parts = {
+        "tap": lambda: bench_tap(engine, prompts, sampling, options.pairs),
+        "hot": lambda: bench_hot(engine, prompts, sampling, options.pairs, times, hot=1, whole=3),
+        "publication": lambda: bench_publication(engine, prompts, sampling, [1, 2]),
+    }
+    with engine:
+        engine.run(prompts[:8], sampling)  # the first step compiles and faults in pages
+        return {name: part() for name, part in parts.items() if options.only in (None, name)}
+
+
+def bench_tap(engine: OfflineEngine, prompts: list[list[int]], sampling: dict, pairs: int) -> dict:
+    """Tokens per second with the tap over without, pair by pair, in alternating order."""
+    figures = {}
+    for batch, count in ((1, 8), (8, 40)):
+        speeds: dict[int, list[float]] = {1: [], 0: []}
+        for pair in range(pairs):
+            for tapping in (1, 0) if pair % 2 else (0, 1):
+                engine.command(tapping=tapping)
+                done = engine.run(prompts[:count], sampling, at_once=batch)
+                speeds[tapping].append(done.tokens / done.seconds)
+        ratios = [on / off for on, off in zip(speeds[1], speeds[0], strict=True)]
+        ratio, on, off = (statistics.median(values) for values in (ratios, speeds[1], speeds[0]))
+        print(
+            f"tap, batch {batch}: {on:.1f} tokens/s with it, {off:.1f} without; median ratio of {pairs} pairs "
+            f"{ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+            flush=True,
+        )
+        figures[f"batch {batch}"] = {"ratio": ratio, "ratios": ratios, "on": on, "off": off}
+    engine.command(tapping=1)
+    return figures
+
+
+def bench_hot(
+    engine: OfflineEngine, prompts: list[list[int]], sampling: dict, pairs: int, times: Path, hot: int, whole: int
+) -> dict:
+    """Cost of a draft step and of the draft extend, and accept length, with the hot vocabulary and with all of it."""
+    figures = {}
+    for batch, count in ((1, 6), (8, 32)):
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in ("hot", "whole")}
+        for _ in range(max(3, pairs // 2)):
+            for name, version in (("hot", hot), ("whole", whole)):
+                if (reason := engine.publish(version)) is not None:
+                    sys.exit(reason)
+                times.write_text("")
+                done = engine.run(prompts[:count], sampling, at_once=batch)
+                rows = [line.split() for line in times.read_text().splitlines()]
+                for part in ("draft", "extend"):
+                    cost = 1e3 * statistics.median(float(seconds) for timed, seconds in rows if timed == part)
+                    found[name].setdefault(f"{part}_ms", []).append(cost)
+                found[name].setdefault("accept_len", []).append(done.accept_len)
+                found[name].setdefault("tokens_per_s", []).append(done.tokens / done.seconds)
+        row: dict[str, dict | float] = {
+            name: {key: statistics.median(values) for key, values in found[name].items()} for name in found
+        }
+        pairs_of = zip(found["whole"]["draft_ms"], found["hot"]["draft_ms"], strict=True)
+        row["times_cheaper"] = statistics.median(w / h for w, h in pairs_of)
+        figures[f"batch {batch}"] = row
+        print(f"hot vocabulary, batch {batch}: a draft step is {row['times_cheaper']:.2f} times cheaper")
+        for name in found:
+            print("   ", name, {key: round(value, 3) for key, value in row[name].items()}, flush=True)  # type: ignore
+    return figures
+
+
+def bench_publication(
+    engine: OfflineEngine, prompts: list[list[int]], sampling: dict, versions: list[int], times: int = 12
+) -> dict:
+    """How long the scheduler pauses for a publication, with 8 requests in flight; greedy text with and without."""
+    sampling = {**sampling, "ignore_eos": True}
+    alone = engine.run(prompts[:8], sampling).responses
+    across = engine.run(prompts[:8], sampling, publish=[versions[i % len(versions)] for i in range(times)])
+    pauses, unchanged = across.pauses_ms, across.responses == alone
+    print(
+        f"publication with 8 requests in flight, {times} times: the scheduler pauses "
+        f"{statistics.median(pauses):.1f} ms, {max(pauses):.1f} ms at most; greedy text unchanged: {unchanged}"
+    )
+    return {"pauses_ms": pauses, "unchanged": unchanged}
+
+
+def write_variants(checkpoint: Checkpoint, folder: Path) -> None:
+    """v1 and v2 with the hot vocabulary, v3 with the whole one; the same weights, but for v2, which is 1% off."""
+    for version, scale, hot in ((1, 1.0, True), (2, 1.01, True), (3, 1.0, False)):
+        out = folder / f"v{version}"
+        out.mkdir(parents=True)
+        config = {key: value for key, value in checkpoint.config.items() if key != "hot_vocab_size"}
+        if hot and checkpoint.hot is not None:
+            torch.save(checkpoint.hot.tolist(), out / HOT_TOKENS)
+            config["hot_vocab_size"] = len(checkpoint.hot)
+        (out / "config.json").write_text(json.dumps(config))
+        tensors = {name: (scale * tensor).contiguous() for name, tensor in checkpoint.weights.items()}
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def prepare_plugin(scratch: Path) -> Path:
+    """Put a plugin that times the drafter's parts on the import path of the engine's processes; where it writes."""
+    metadata = scratch / "plugin" / "bench_times-0.0.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-times\nVersion: 0.0.0\n")
+    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nbench_times = bench_times:install\n")
+    (scratch / "plugin" / "bench_times.py").write_text(PLUGIN)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(scratch / "plugin"), os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, str(scratch / "plugin"))
+    os.environ[TIMES] = str(scratch / "times.txt")
+    return scratch / "times.txt"
+
+
+if __name__ == "__main__":
+    main()
