@@ -13,7 +13,8 @@ made of, also while its request is in flight. What is kept, and what not:
     a fixed share of prompts  is never trained on: it is the gate's
 
 Siblings of a group may begin alike (their prompt alone is a segment that all of them send). The one that goes its own
-way later is given the common beginning as context, and is not trained on it again.
+way later is given the common beginning as context, and is not trained on it again. One whose prompt came from the
+prefix cache, for which there are no hidden states, is given the end of the prompt that a sibling has.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from tlt_verl.drafter.packing import Sample
 from tlt_verl.segments import Segment
 
+_CONTEXT = 256  # tokens of a sibling's prompt at most
 _SLACK = 4  # a sequence in flight is joined into storage with a quarter of its length to spare
 
 
@@ -135,7 +137,8 @@ class _Step:
 
     requests: dict[str, _Request] = field(default_factory=dict)
     runs: list[_Run] = field(default_factory=list)
-    beginning: dict[tuple[int, int], list[_Run]] = field(default_factory=dict)  # by prompt id and position
+    beginning: dict[tuple[int, int], list[tuple[_Run, int]]] = field(default_factory=dict)
+    """By prompt id and position: the sequences that have begun there, and their tokens before it."""
     begun: int = 0  # sequences, those that went included
 
 
@@ -284,27 +287,37 @@ class Buffer:
         """Append what a request has not sent before, unless it is what another sequence has at the same place."""
         start, request.end = request.end, request.end + len(tokens)
         if request.run is None:
-            begun = step.beginning.get((segment.prompt_id, start), [])
-            twins = request.twins or [(run, 0) for run in begun]
+            matched = request.twins
+            twins = matched or step.beginning.get((segment.prompt_id, start), [])
             request.twins = [(run, at + len(tokens)) for run, at in twins if run.has(at, tokens)]
             if request.twins:
                 self._duplicates += 1
                 return
-            request.run = self._begin(step, segment, start, *twins[:1])
+            request.run = self._begin(step, segment, start, matched[:1] or self._prompt_of(step, segment, start))
         request.run.append(tokens, hidden)
         request.run.final = segment.final
 
-    def _begin(self, step: _Step, segment: Segment, start: int, twin: tuple[_Run, int] | None = None) -> _Run:
-        """A new sequence at `start`, or at the start of the beginning that it has in common with its twin."""
+    def _begin(self, step: _Step, segment: Segment, start: int, twins: Sequence[tuple[_Run, int]]) -> _Run:
+        """A new sequence at `start`, behind what it has in common with the first of its twins."""
         run = _Run(start, segment.prompt_len, self.is_held_out(segment.prompt_id))
-        if twin and 0 < twin[1] <= twin[0].length:
-            other, run.context = twin
-            run.start = other.start
-            run.append(*(part[: run.context] for part in other.joined()))
+        for other, shared in twins:
+            if 0 < shared <= other.length:
+                first = max(0, shared - _CONTEXT) if start <= segment.prompt_len else 0
+                run.context, run.start = shared - first, other.start + first
+                run.append(*(part[first:shared] for part in other.joined()))
         step.runs.append(run)
-        step.beginning.setdefault((segment.prompt_id, run.start), []).append(run)
+        for position in {run.start, start}:
+            step.beginning.setdefault((segment.prompt_id, position), []).append((run, position - run.start))
         step.begun += 1
         return run
+
+    @staticmethod
+    def _prompt_of(step: _Step, segment: Segment, start: int) -> list[tuple[_Run, int]]:
+        """A sibling that has the prompt up to `start`, from its beginning on, and how much of it that is."""
+        if not 0 < start <= segment.prompt_len:
+            return []
+        siblings = step.beginning.get((segment.prompt_id, 0), [])
+        return [(run, start) for run, before in siblings if not before and run.length >= start][:1]
 
     def _check_width(self, segment: Segment) -> None:
         width = segment.hidden.shape[1]
@@ -350,7 +363,8 @@ class Buffer:
             return 0
         gone = set(map(id, doomed))
         step.runs = [run for run in step.runs if id(run) not in gone]
-        step.beginning = {k: left for k, v in step.beginning.items() if (left := [r for r in v if id(r) not in gone])}
+        for key, begun in step.beginning.items():
+            step.beginning[key] = [pair for pair in begun if id(pair[0]) not in gone]
         for run in doomed:
             run.drop()
         for request in step.requests.values():
