@@ -2,25 +2,27 @@
 # The main job on real input: GRPO on long additions with SmolLM2-135M, a Megatron policy and speculative SGLang rollouts.
 # Makes what is missing: the environment, the model, the data.
 #
-#   scripts/quickstart.sh [--rollout tlt|sglang] [--steps N] [--replicas R] [hydra overrides...]
+#   scripts/quickstart.sh [--rollout tlt|sglang] [--steps N] [--replicas R] [--warmup MINUTES] [hydra overrides...]
 #
 #   --rollout tlt      (default) rollouts through tlt_verl
 #   --rollout sglang   verl's own backend without speculation: the baseline
 #   --steps N          GRPO steps (default 4)
 #   --replicas R       rollout replicas, and as many data-parallel ranks of the policy (default 1)
+#   --warmup MINUTES   makes a drafter first (scripts/warmup.sh), unless there is one (default 3; 0: none, drafting is off)
 #
 # Shows a row a step and a table at the end; everything that the run prints goes to runs/<name>/train.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-rollout=tlt steps=4 replicas=1
+rollout=tlt steps=4 replicas=1 warmup=3
 while [ $# -gt 0 ]; do
   case "$1" in
     --rollout) rollout=$2; shift 2 ;;
     --steps) steps=$2; shift 2 ;;
     --replicas) replicas=$2; shift 2 ;;
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    --*) echo "quickstart: unknown option $1; takes --rollout, --steps, --replicas and hydra overrides (key=value)" >&2; exit 2 ;;
+    --warmup) warmup=$2; shift 2 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --*) echo "quickstart: unknown option $1; takes --rollout, --steps, --replicas, --warmup and hydra overrides (key=value)" >&2; exit 2 ;;
     *) break ;;
   esac
 done
@@ -47,6 +49,12 @@ overrides=(actor_rollout_ref.rollout.name="$rollout" trainer.total_training_step
   trainer.n_gpus_per_node="$replicas" trainer.experiment_name="$name")
 if [ "$rollout" = sglang ]; then
   overrides+=(+actor_rollout_ref.rollout.engine_kwargs.sglang.attention_backend=torch_native '~actor_rollout_ref.rollout.custom.tlt')
+elif [ "$warmup" != 0 ]; then
+  if [ ! -e drafters/arithmetic/latest ]; then
+    say "a drafter, in $warmup minutes"
+    scripts/warmup.sh arithmetic --minutes "$warmup"
+  fi
+  overrides+=(+actor_rollout_ref.rollout.custom.tlt.drafter.path="$PWD/drafters/arithmetic/latest")
 fi
 
 # One process computes at a time when there is one replica; with R replicas each rank and each engine gets its share of cores.
