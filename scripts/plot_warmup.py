@@ -2,8 +2,8 @@
 
     scripts/plot_warmup.py docs/warmup.svg arithmetic=drafters/arithmetic chat=drafters/chat
 
-Each argument after the first is a name and the --out folder of a warm-up. The mark at the end is the engine's own accept
-length on held-out prompts.
+Each argument after the first is a name and the --out folder of a warm-up. The mark at the end is the engine's own
+accept length on held-out prompts.
 """
 
 from __future__ import annotations

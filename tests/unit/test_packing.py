@@ -139,9 +139,7 @@ def test_no_token_is_lost_and_none_is_twice(max_tokens):
 def test_a_long_sample_is_cut_at_the_size_of_a_pack():
     packs = list(fill(numbered([10], [6]), 4, seeded(0)))
     pieces = sorted((members[0].tokens.tolist(), members[0].prompt_len) for members in packs)
-    assert pieces == [([4, 5, 6, 7, 8], 2), ([8, 9], 0)] or pieces[0] == ([0, 1, 2, 3, 4], 6)
-    (all_rows,) = (sorted(t for members in packs for t in pack(members).embedding_tokens.tolist()),)
-    assert all_rows == [5, 6, 7, 8, 9]  # rows 0 to 3 draft tokens 2 to 5, of the prompt, and are in no other piece
+    assert pieces == [([4, 5, 6, 7, 8], 2), ([8, 9], 0)]  # rows 0 to 3 draft tokens 2 to 5, of the prompt: left out
 
 
 def test_the_order_is_random_and_the_generators():

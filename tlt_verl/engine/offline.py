@@ -38,6 +38,7 @@ class Rollouts:
         responses: token ids of the responses that ended, by the prompt's place in the list.
         verifications: of drafts, for these responses; without drafting 0.
         pauses_ms: how long the scheduler paused for each publication meanwhile.
+        rejections: why the engine did not take the others.
     """
 
     begun: int = 0
@@ -46,6 +47,7 @@ class Rollouts:
     responses: dict[int, list[int]] = field(default_factory=dict)
     verifications: int = 0
     pauses_ms: list[float] = field(default_factory=list)
+    rejections: list[str] = field(default_factory=list)
 
     @property
     def accept_len(self) -> float:
@@ -228,7 +230,8 @@ class OfflineEngine:
 
         for version in versions:
             if (reason := await client.publish(self._engine.tokenizer_manager, version)) is not None:
-                raise RuntimeError(reason)
+                rollouts.rejections.append(reason)
+                continue
             state = await client.state(self._engine.tokenizer_manager)
             rollouts.pauses_ms.append(state["drafter"]["pause_ms"])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from tlt_verl.config import ConfigError
 from tlt_verl.drafter.checkpoint import load_checkpoint
-from tlt_verl.drafter.packing import Sample
 from tlt_verl.drafter.prepare import prepare_drafter
 from tlt_verl.drafter.trainer import StepReport
 from tlt_verl.drafter.versions import latest
@@ -29,6 +27,7 @@ from tlt_verl.spot.gate import Gate
 from tlt_verl.warmup.learner import Learner
 from tlt_verl.warmup.options import WarmupOptions
 from tlt_verl.warmup.prompts import read_prompts, split_prompts
+from tlt_verl.warmup.responses import whole_samples
 
 CYCLES = ((0.15, 0.20), (0.10, 0.20), (0.05, 0.22))
 """Shares of the time behind the engine's start: rollouts, then training, cycle by cycle. The rest is for measuring."""
@@ -208,7 +207,7 @@ class Warmup:
         segments: list[Segment] = []
         sampling = self._sampling(max_new_tokens)
         done = engine.run(prompts, sampling, seconds=seconds, on_segments=segments.extend)
-        samples = _whole_samples(prompts, done, segments)
+        samples = whole_samples(prompts, done.responses, segments)
         return Measured(
             accept_len=done.accept_len,
             replayed=self._learner.accept_len(samples),
@@ -248,31 +247,6 @@ class Warmup:
         now = min(round(self._elapsed()), self._bar.total)
         if now > self._bar.n:
             self._bar.update(now - self._bar.n)
-
-
-def _whole_samples(prompts: list[list[int]], done: Rollouts, segments: list[Segment]) -> list[Sample]:
-    """Prompt and response of each response that ended, with its hidden states.
-
-    The last token has none; a row of zeros stands in its place, which a replay never reads.
-    """
-    parts: dict[str, list[Segment]] = defaultdict(list)
-    for segment in segments:
-        parts[segment.request_id].append(segment)
-    features_of = {
-        tuple(torch.cat([part.tokens for part in run]).tolist()): torch.cat([part.hidden for part in run])
-        for run in parts.values()
-        if run[0].start == 0
-    }
-    samples = []
-    for place, response in done.responses.items():
-        tokens = tuple(prompts[place]) + tuple(response)
-        features = features_of.get(tokens[:-1], features_of.get(tokens))
-        if features is None:
-            raise RuntimeError(f"the tap recorded nothing of the response to prompt {place}")
-        missing = len(tokens) - len(features)
-        features = torch.cat([features, features.new_zeros(missing, features.shape[1])])
-        samples.append(Sample(torch.tensor(tokens), features, len(prompts[place])))
-    return samples
 
 
 def _as_list(value: Any) -> list[Any]:
