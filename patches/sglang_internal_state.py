@@ -28,7 +28,7 @@ def _set(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
         return original(scheduler, recv_req)
     if len(ours) < len(named):
         return SetInternalStateReqOutput(updated=False)
-    return SetInternalStateReqOutput(updated=control(ours))
+    return SetInternalStateReqOutput(updated=control(ours, asleep=bool(scheduler.weight_updater.offload_tags)))
 
 
 def _get(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
@@ -53,6 +53,11 @@ SEAM = Seam(
             path=f"{_SCHEDULER}.set_internal_state",
             parameters=("recv_req",),
             source_contains=("recv_req.server_args", "SetInternalStateReqOutput(updated="),
+        ),
+        Target(
+            path="sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager."
+            "release_memory_occupation",
+            source_contains=("self.offload_tags.add(tag)",),
         ),
         Target(
             path=f"{_SCHEDULER}.get_internal_state",

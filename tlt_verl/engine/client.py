@@ -53,6 +53,8 @@ async def publish(tokenizer_manager: Any, version: int, timeout_s: float = 60.0)
             return drafter["reason"]
         if drafter["staged"] == version:
             published = await command(tokenizer_manager, publish=version)
-            return None if published else f"version {version}: not staged on every tensor-parallel rank"
+            return (
+                None if published else f"version {version}: the engine is asleep, or not all its ranks have staged it"
+            )
         await asyncio.sleep(_POLL_S)
     return f"version {version}: not read within {timeout_s:.0f} s"

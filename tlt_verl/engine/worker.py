@@ -106,14 +106,18 @@ class TLTWorker(EAGLEWorkerV2):
                 tap.close()
         return answer
 
-    def control(self, commands: dict[str, float]) -> bool:
-        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0."""
+    def control(self, commands: dict[str, float], *, asleep: bool = False) -> bool:
+        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0.
+
+        Args:
+            asleep: the engine has released memory, perhaps the drafter's: nothing is published into it.
+        """
         done = True
         for name, value in commands.items():
             if name == "stage":
                 done &= self._publications.stage(int(value))
             elif name == "publish":
-                published = self._publications.publish(int(value))
+                published = not asleep and self._publications.publish(int(value))
                 if published and not self._drafting.is_on:
                     self._drafting.turn(True)
                 done &= published
