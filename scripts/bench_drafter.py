@@ -2,8 +2,8 @@
 
     scripts/bench_drafter.py --target models/smollm2-135m-reasoner --drafter DRAFTER --prompts TEST.parquet
 
-DRAFTER is a checkpoint of `tlt-verl warmup` with a hot vocabulary. One engine, bfloat16; everything that is compared is
-run in turn in it, on the same prompts, greedy, so that both sides do the same work. Prints tables; --json keeps the
+DRAFTER is a checkpoint of `tlt-verl warmup` with a hot vocabulary. One engine; everything that is compared is run in
+turn in it, on the same prompts, greedy, so that both sides do the same work. Prints tables; --json keeps the
 figures.
 """
 
@@ -35,19 +35,24 @@ from collections import defaultdict
 def install():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    def timed(name, steps):
-        def around(original, worker, *args, **kwargs):
+    def timed(name_of):
+        def around(original, owner, *args, **kwargs):
             begin = time.perf_counter()
-            result = original(worker, *args, **kwargs)
-            with open(os.environ["TLT_BENCH_TIMES"], "a") as file:
-                print(name, (time.perf_counter() - begin) / steps(worker), file=file)
+            result = original(owner, *args, **kwargs)
+            if name := name_of(owner, *args):
+                with open(os.environ["TLT_BENCH_TIMES"], "a") as file:
+                    print(name, time.perf_counter() - begin, file=file)
             return result
         return around
 
+    def step(runner, batch, *_):
+        return "step" if runner.is_draft_worker and batch.forward_mode.is_decode() else None
+
     worker = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
-    draft = timed("draft", lambda worker: max(1, worker.speculative_num_steps - 1))
-    HookRegistry.register(worker + ".draft", draft, HookType.AROUND)
-    HookRegistry.register(worker + "._draft_extend_for_decode", timed("extend", lambda worker: 1), HookType.AROUND)
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(worker + ".draft", timed(lambda *_: "draft"), HookType.AROUND)
+    HookRegistry.register(worker + "._draft_extend_for_decode", timed(lambda *_: "extend"), HookType.AROUND)
+    HookRegistry.register(runner + ".forward", timed(step), HookType.AROUND)
 """
 
 
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--dtype", default="bfloat16", help="float32: greedy text cannot differ by rounding")
     parser.add_argument("--only", choices=("tap", "hot", "publication"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -85,7 +91,7 @@ def bench(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[lis
         name=f"bench-{os.getpid()}",
         max_running=8,
         device="cpu",
-        dtype="bfloat16",
+        dtype=options.dtype,
         max_total_tokens=16384,
     )
     parts = {
@@ -123,7 +129,11 @@ def bench_tap(engine: OfflineEngine, prompts: list[list[int]], sampling: dict, p
 def bench_hot(
     engine: OfflineEngine, prompts: list[list[int]], sampling: dict, pairs: int, times: Path, hot: int, whole: int
 ) -> dict:
-    """Cost of a draft step and of the draft extend, and accept length, with the hot vocabulary and with all of it."""
+    """Cost with the hot vocabulary and with all of it, and accept length.
+
+    A step is one forward pass of the drafter, its head included; draft is all of a verification's steps and the making
+    of the tree; extend is the drafter's pass over what was accepted.
+    """
     figures = {}
     for batch, count in ((1, 6), (8, 32)):
         found: dict[str, dict[str, list[float]]] = {name: {} for name in ("hot", "whole")}
@@ -134,7 +144,7 @@ def bench_hot(
                 times.write_text("")
                 done = engine.run(prompts[:count], sampling, at_once=batch)
                 rows = [line.split() for line in times.read_text().splitlines()]
-                for part in ("draft", "extend"):
+                for part in ("step", "draft", "extend"):
                     cost = 1e3 * statistics.median(float(seconds) for timed, seconds in rows if timed == part)
                     found[name].setdefault(f"{part}_ms", []).append(cost)
                 found[name].setdefault("accept_len", []).append(done.accept_len)
@@ -142,7 +152,7 @@ def bench_hot(
         row: dict[str, dict | float] = {
             name: {key: statistics.median(values) for key, values in found[name].items()} for name in found
         }
-        pairs_of = zip(found["whole"]["draft_ms"], found["hot"]["draft_ms"], strict=True)
+        pairs_of = zip(found["whole"]["step_ms"], found["hot"]["step_ms"], strict=True)
         row["times_cheaper"] = statistics.median(w / h for w, h in pairs_of)
         figures[f"batch {batch}"] = row
         print(f"hot vocabulary, batch {batch}: a draft step is {row['times_cheaper']:.2f} times cheaper")

@@ -187,6 +187,7 @@ class Publications:
         if hot is not None and serving is not None and len(hot) == len(serving):
             worker.hot_token_id.copy_(hot)
             worker.draft_runner.model.lm_head.weight.data.copy_(head[hot])
-        elif hot is not None or serving is not None:
+        elif not same:
             worker.hot_token_id = hot
-            worker.init_lm_head()
+            rows = head if hot is None else head[hot]
+            worker.draft_runner.model.lm_head.weight = torch.nn.Parameter(rows, requires_grad=False)
