@@ -1,6 +1,7 @@
 """The moment at which a batch's result is processed: which tokens of it a response keeps is known only then.
 
 The hook is given to the scheduler's worker where that has a `process_batch_result` of its own; others are left alone.
+So is the moment at which the scheduler finds nothing to do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tlt_verl.patches import hooks
 from tlt_verl.patches.seam import Seam, Target
 
 _PROCESS = "sglang.srt.managers.scheduler:Scheduler.process_batch_result"
+_ON_IDLE = "sglang.srt.managers.scheduler:Scheduler.on_idle"
 _PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor:SchedulerBatchResultProcessor"
 _REQ = "sglang.srt.managers.schedule_batch:Req"
 
@@ -24,8 +26,15 @@ def _process(original: Callable[..., Any], scheduler: Any, batch: Any, result: A
     return around(partial(original, scheduler), batch, result)
 
 
+def _idle(original: Callable[..., Any], scheduler: Any) -> Any:
+    if (on_idle := getattr(scheduler.draft_worker, "on_idle", None)) is not None:
+        on_idle()
+    return original(scheduler)
+
+
 def _install() -> None:
     hooks.around(SEAM.name, _PROCESS, _process)
+    hooks.around(SEAM.name, _ON_IDLE, _idle)
 
 
 SEAM = Seam(
@@ -34,6 +43,7 @@ SEAM = Seam(
     versions=">=0.5.17,<0.5.18",
     targets=(
         Target(path=_PROCESS, parameters=("batch", "result")),
+        Target(path=_ON_IDLE),
         Target(
             path=f"{_PROCESSOR}._resolve_spec_v2_tokens",
             source_contains=(

@@ -57,15 +57,23 @@ def _install(
 
 
 def _states(trainer: Any) -> list[dict]:
-    """The replicas' states; those of a replica that does not answer in time are missing, and the log says so."""
+    """The replicas' states in their order; {} for one that fails or does not answer in time, and the log says so."""
     import ray
 
     handles = [handle for manager in trainer._rollout_server_managers() for handle in manager.server_handles]
     asked = [handle.drafter_state.remote() for handle in handles]
-    answered, late = ray.wait(asked, num_returns=len(asked), timeout=_STATE_TIMEOUT_S) if asked else ([], [])
-    if late:
-        logger.warning("%d of %d replicas did not say their state in %.0f s", len(late), len(asked), _STATE_TIMEOUT_S)
-    return ray.get(answered)
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_STATE_TIMEOUT_S) if asked else ([], [])
+    states: list[dict] = []
+    for replica, state in enumerate(asked):
+        try:
+            states.append(ray.get(state, timeout=0) if state in answered else {})
+        except Exception as error:  # metrics may not end a run
+            logger.warning("replica %d could not say its state: %s", replica, error)
+            states.append({})
+        else:
+            if state not in answered:
+                logger.warning("replica %d did not say its state in %.0f s", replica, _STATE_TIMEOUT_S)
+    return states
 
 
 SEAM = Seam(

@@ -53,17 +53,12 @@ def make_samples(tokens: int) -> list[Sample]:
     return [Sample(torch.randint(0, TARGET["vocab_size"], (tokens,)), features, prompt_len=0)]
 
 
-def live_state(trainer: DrafterTrainer) -> dict:
-    """All that training goes on from, by reference."""
-    return {"optimizer": trainer._optimizer.state_dict(), "steps": trainer.steps, "noise": trainer._noise.get_state()}
-
-
 def save_plainly(trainer: DrafterTrainer, folder: Path) -> float:
     """Everything, at once; returns seconds."""
     start = time.perf_counter()
     tensors = trainer.drafter.state_dict() | {"embed": trainer.shared.embed, "head": trainer.shared.head}
     with (folder / "plain.pt").open("wb") as file:
-        torch.save({"model": tensors, "trainer": live_state(trainer)}, file)
+        torch.save({"model": tensors, "trainer": trainer.state_dict(copies=False)["optimizer"]}, file)
         file.flush()
         os.fsync(file.fileno())
     return time.perf_counter() - start
@@ -72,8 +67,8 @@ def save_plainly(trainer: DrafterTrainer, folder: Path) -> float:
 def save_ours(trainer: DrafterTrainer, writer: CheckpointWriter, version: int, copies: bool) -> float:
     """Seconds that `save` keeps its caller, with the trainer's own copies of its state (`copies`) or without them."""
     start = time.perf_counter()
-    state = trainer.state_dict() if copies else live_state(trainer)
-    writer.save(trainer.drafter.config, trainer.drafter.state_dict(), state, version=version)
+    state = trainer.state_dict(copies=copies)
+    writer.save(trainer.drafter.config, trainer.weights(torch.bfloat16), state, version=version)
     return time.perf_counter() - start
 
 

@@ -18,13 +18,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from tlt_verl.config import Strategy
-from tlt_verl.drafter.checkpoint import Checkpoint, load_checkpoint
-from tlt_verl.drafter.eagle import HOT_TOKENS
-from tlt_verl.drafter.tensors import TensorFolder
+from tlt_verl.drafter.checkpoint import Checkpoint, load_checkpoint, write_drafter
+from tlt_verl.drafter.tensors import embed_and_head
 from tlt_verl.drafter.trainer import SharedTensors
 from tlt_verl.engine.offline import OfflineEngine
 from tlt_verl.spot.gate import Gate
@@ -64,10 +62,10 @@ def main() -> int:
 
 def check(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[list[int]], scratch: Path) -> int:
     candidates = broken(checkpoint.weights)
-    for version, weights in enumerate(candidates.values(), 2):
-        write(scratch / f"v{version}", checkpoint, weights)
-    write(scratch / "v1", checkpoint, checkpoint.weights)
-    embed = TensorFolder(options.target).load("model.embed_tokens.weight")
+    for version, weights in enumerate([checkpoint.weights, *candidates.values()], 1):
+        (folder := scratch / f"v{version}").mkdir()
+        write_drafter(folder, checkpoint.config, weights, checkpoint.hot)
+    target_config = json.loads((options.target / "config.json").read_text())
     gate, segments = Gate(options.steps), []
     greedy = {"temperature": 0.0, "max_new_tokens": 200}
     with OfflineEngine(
@@ -83,7 +81,7 @@ def check(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[lis
     ) as engine:
         sampled = engine.run(prompts, {"temperature": 1.0, "max_new_tokens": 200}, on_segments=segments.extend)
         samples = whole_samples(prompts, sampled.responses, segments)
-        shared = SharedTensors(embed, embed, checkpoint.hot)
+        shared = SharedTensors(*embed_and_head(options.target, target_config), checkpoint.hot)
         for name, weights in candidates.items():
             verdict = gate.judge(weights, checkpoint.weights, checkpoint.config, shared, samples)
             print(
@@ -98,15 +96,6 @@ def check(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[lis
     print(f"gate counts {dict(gate.reasons)}; the engine counts {state['rejected']}")
     print(f"greedy text and accept length ({across.accept_len:.2f}) unchanged: {unchanged}")
     return 0 if unchanged and gate.rejected == len(candidates) and sum(state["rejected"].values()) == 3 else 1
-
-
-def write(folder: Path, checkpoint: Checkpoint, weights: Weights) -> None:
-    folder.mkdir()
-    config = {**checkpoint.config, **({} if checkpoint.hot is None else {"hot_vocab_size": len(checkpoint.hot)})}
-    (folder / "config.json").write_text(json.dumps(config))
-    if checkpoint.hot is not None:
-        torch.save(checkpoint.hot.tolist(), folder / HOT_TOKENS)
-    save_file({name: t.contiguous() for name, t in weights.items()}, folder / "model.safetensors")
 
 
 if __name__ == "__main__":

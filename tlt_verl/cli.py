@@ -15,9 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tlt_verl import doctor
 
         return doctor.main(as_json=arguments.json)
+    from tlt_verl.config import ConfigError
+    from tlt_verl.drafter.eagle import DrafterError
+
     try:
         return _warmup(arguments) if arguments.command == "warmup" else _export(arguments)
-    except ValueError as error:  # ConfigError, DrafterError: what to change stands in the message
+    except (ConfigError, DrafterError) as error:  # what to change stands in the message
         print(f"tlt-verl {arguments.command}: {error}", file=sys.stderr)
         return 2
 
@@ -74,7 +77,7 @@ def _add_warmup(commands: argparse._SubParsersAction) -> None:
     warmup.add_argument("--tokens", type=int, help="stop when so many tokens were learnt from")
     warmup.add_argument("--strategy", help="the chain that accept length is measured with (eagle:7x1@8)")
     warmup.add_argument("--hot-vocab", type=int, help="tokens that the draft head knows; 0: all (default: chosen)")
-    warmup.add_argument("--batch", type=int, help="requests at a time (32)")
+    warmup.add_argument("--batch", type=int, help="requests at a time (64)")
     warmup.add_argument("--max-new-tokens", type=int, help="of a response (512)")
     warmup.add_argument("--temperature", type=float, help="of the rollouts (1.0)")
     warmup.add_argument("--held-out", type=int, help="prompts for the measurements in the engine (64)")

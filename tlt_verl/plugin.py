@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def check_run(config: Any) -> None:
     Raises:
         ConfigError, DrafterError, SeamError: names the option, the value and the cure.
     """
-    from tlt_verl.drafter import check_drafter, check_target
+    from tlt_verl.drafter import HOT_TOKENS, check_drafter, check_target
     from tlt_verl.patches import check_versions
     from tlt_verl.rollout import checks
 
@@ -102,6 +103,7 @@ def check_run(config: Any) -> None:
     check_target(target)
     if options.drafter.path is not None:
         check_drafter(options.drafter.path, target, f"{checks.PREFIX}.drafter.path")
+        checks.check_hot_vocabulary(config, Path(options.drafter.path, HOT_TOKENS))
 
 
 def _replica_class() -> type:
@@ -194,6 +196,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
         target_option="model_path",
     )
     server_args.speculative_draft_model_path = str(path)
+    if server_args.tp_size > 1 and (server_args.speculative_token_map or (path / HOT_TOKENS).is_file()):
+        raise ValueError(
+            f"speculative_draft_model_path: got {str(path)!r}, a drafter with a hot vocabulary, with tp_size="
+            f"{server_args.tp_size}; SGLang serves one with tp_size=1 only. Train one with the whole vocabulary "
+            "(tlt-verl warmup --hot-vocab 0)."
+        )
     if server_args.speculative_token_map is None and (path / HOT_TOKENS).is_file():
         server_args.speculative_token_map = str(path / HOT_TOKENS)
     if server_args.load_format == "dummy" and server_args.speculative_draft_load_format is None:

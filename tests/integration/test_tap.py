@@ -108,11 +108,12 @@ def recorded(request, target):
 
 
 def requests(recorded):
-    """(prompt, response, log-probs, segments) of each request."""
+    """(prompt, response, log-probs, segments, tokens of the prompt that came from the prefix cache) of each request."""
     asked, answers, segments = recorded
     for one, answer in zip(asked, answers, strict=True):
         for i, prompt in enumerate(one["prompts"]):
-            yield prompt, answer["output_ids"][i], answer["logprobs"][i], segments[answer["request_ids"][i]]
+            found = segments[answer["request_ids"][i]]
+            yield prompt, answer["output_ids"][i], answer["logprobs"][i], found, answer["cached_tokens"][i]
 
 
 def test_what_should_have_happened_did(recorded):
@@ -126,12 +127,13 @@ def test_what_should_have_happened_did(recorded):
     assert "abort" in answers[6]["finish"]
     state = answers[-1]["state"][0]
     assert state["tap"]["failures"] == 0 and state["tap"]["dropped"] == 0
+    assert state["tap"]["skipped"] > 100, "nothing was computed again: no retraction happened"
     assert state["tap"]["tokens"] == sum(len(s["tokens"]) for group in segments.values() for s in group) > 1000
 
 
 def test_every_kept_token_is_recorded_once_under_its_position(recorded):
-    kept = 0
-    for prompt, response, _, segments in requests(recorded):
+    kept, whole = 0, 0
+    for prompt, response, _, segments, cached in requests(recorded):
         tokens, positions = prompt + response, []
         for segment in segments:
             start, count = segment["start"], len(segment["tokens"])
@@ -142,14 +144,16 @@ def test_every_kept_token_is_recorded_once_under_its_position(recorded):
         # the last token is never read by a forward pass, unless it was accepted before the end was known
         assert set(range(len(prompt), len(tokens) - 1)) <= set(positions) <= set(range(len(tokens)))
         assert positions == sorted(positions)
+        assert positions[0] <= cached
+        whole += positions[0] == 0
         kept += len(response)
-    assert kept >= 1000
+    assert kept >= 1000 and whole >= 4, "prompts are recorded too, but for what came from the prefix cache"
 
 
 def test_hidden_states_are_the_targets(recorded, target):
     model, _ = target
     worst = 0.0
-    for prompt, response, _, segments in requests(recorded):
+    for prompt, response, _, segments, _ in requests(recorded):
         with torch.no_grad():
             wanted = model.model(torch.tensor([prompt + response])).last_hidden_state[0]
         for segment in segments:
@@ -162,7 +166,7 @@ def test_hidden_states_are_the_targets(recorded, target):
 
 def test_log_probs_are_those_of_the_answer(recorded):
     compared = 0
-    for prompt, _, logprobs, segments in requests(recorded):
+    for prompt, _, logprobs, segments, _ in requests(recorded):
         for segment in segments:
             for position, value in enumerate(segment["logprobs"].tolist(), segment["start"]):
                 if position < len(prompt) or not logprobs:
@@ -175,7 +179,7 @@ def test_log_probs_are_those_of_the_answer(recorded):
 
 def test_siblings_share_a_prompt_id_and_others_do_not(recorded):
     ids = defaultdict(set)
-    for prompt, _, _, segments in requests(recorded):
+    for prompt, _, _, segments, _ in requests(recorded):
         ids[tuple(prompt)] |= {segment["prompt_id"] for segment in segments}
     assert all(len(found) == 1 for found in ids.values())
     assert len(set.union(*ids.values())) == len(ids) == 32

@@ -121,10 +121,12 @@ def test_a_tree_run_validates_trains_saves_and_resumes_into_two_turns(task):
 
 def test_two_replicas_serve_a_data_parallel_policy(task):
     """DP=2 and two engines: every rank drains the weights, each replica gets all of them (issue 3, item 7)."""
-    steps, output = run(task, "trainer.total_training_steps=3", "trainer.n_gpus_per_node=2")
+    tap = "+actor_rollout_ref.rollout.custom.tlt.tap.enable=true"
+    steps, output = run(task, "trainer.total_training_steps=3", "trainer.n_gpus_per_node=2", tap)
     assert len(steps) == 3
     assert_logprobs_agree(steps)
     assert len(fingerprints(output)) == 2 * 4
+    assert all(step["tlt/tap/tokens"] > 0 and step["tlt/tap/failures"] == 0 for step in steps), "both replicas tap"
 
 
 def test_a_drafter_is_published_in_a_run_and_the_tap_records(task):

@@ -67,26 +67,43 @@ def test_a_response_without_counters_was_not_drafted_for(fields):
     assert counters(fields, 8) == PLAIN
 
 
-def state(version: int, rejected: int, segments: int) -> dict:
+def state(version: int, rejected: int, segments: int, **drafter) -> dict:
     return {
-        "drafter": {"version": version, "rejected": {"nan": rejected}},
+        "drafting": version > 0,
+        "drafter": {"version": version, "published": version, "rejected": {"nan": rejected}, "pause_ms": 2.0} | drafter,
         "tap": {"segments": segments, "tokens": 10 * segments, "bytes": 0, "dropped": 0, "failures": 0},
     }
 
 
 def test_counters_of_replicas_are_summed_and_each_step_has_its_own():
     metrics = EngineMetrics()
-    first = metrics.step([state(1, 0, 5), state(2, 1, 7)])
+    first = metrics.step([state(1, 0, 5), state(2, 1, 7, pause_ms=3.0)])
     assert first["tlt/drafter/version"] == 1, "the oldest that serves"
-    assert first["tlt/drafter/rejected"] == 1
+    assert first["tlt/drafter/drafting"] == 1 and first["tlt/drafter/pause_ms"] == 3
+    assert first["tlt/drafter/rejected"] == 1 and first["tlt/drafter/published"] == 3
     assert first["tlt/tap/segments"] == 12 and first["tlt/tap/tokens"] == 120
     second = metrics.step([state(2, 0, 9), state(2, 1, 8)])
     assert second["tlt/drafter/version"] == 2
-    assert second["tlt/drafter/rejected"] == 0
+    assert second["tlt/drafter/rejected"] == 0 and second["tlt/drafter/published"] == 1
     assert second["tlt/tap/segments"] == 5 and second["tlt/tap/failures"] == 0
+
+
+def test_a_replica_that_answers_late_or_began_again_makes_no_counter_negative():
+    metrics = EngineMetrics()
+    metrics.step([state(1, 0, 50), state(1, 0, 70)])
+    assert metrics.step([state(1, 0, 60), {}])["tlt/tap/segments"] == 10, "what did not answer is not counted"
+    assert metrics.step([state(1, 0, 61), state(1, 0, 75)])["tlt/tap/segments"] == 6, "and is counted when it does"
+    assert metrics.step([state(1, 0, 3), state(1, 0, 75)])["tlt/tap/segments"] == 3, "an engine that began again"
+    closed = state(1, 0, 75)
+    closed["tap"] = {"failures": 1}
+    after = metrics.step([state(1, 0, 3), closed])
+    assert after["tlt/tap/segments"] == 0 and after["tlt/tap/failures"] == 1
 
 
 def test_replicas_that_do_not_speculate_or_tap_report_nothing_of_it():
     assert EngineMetrics().step([{}, {}]) == {}
-    quiet = EngineMetrics().step([{"drafter": {"version": 0, "rejected": {}}, "tap": {"failures": 0}}])
-    assert quiet == {"tlt/drafter/version": 0, "tlt/drafter/rejected": 0, "tlt/tap/failures": 0}
+    untapped = state(0, 0, 0)
+    untapped["tap"] = {"failures": 0}
+    names = EngineMetrics().step([untapped])
+    assert names["tlt/drafter/version"] == names["tlt/drafter/drafting"] == names["tlt/tap/failures"] == 0
+    assert "tlt/tap/segments" not in names

@@ -6,11 +6,13 @@ The ring is real; requests are objects that say their tokens, as SGLang's do.
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
 
-from tlt_verl.engine.tap import MOST_COPIES, Stretch, Tap
+from tlt_verl.engine.tap import MOST_COPIES, Recorded, Stretch, Tap
 from tlt_verl.segments import SegmentReader, SegmentWriter
 
 W, SLOT = 4, 8
@@ -21,6 +23,7 @@ class Request:
 
     def __init__(self, name: str = "a", prompt_len: int = 3, length: int = 1000) -> None:
         self.request_id, self.prompt_id, self.prompt_len, self._length = name, 7, prompt_len, length
+        self.recorded: Recorded | None = None
 
     def length(self) -> int:
         return self._length
@@ -46,7 +49,7 @@ def tap_of(ring, budget: int = 1 << 30) -> Tap:
 def record(tap: Tap, request: Request, start: int, count: int, version: int = 0, ended: bool = False) -> None:
     """A forward pass over some positions; the hidden state at position p is p in every channel."""
     hidden = torch.arange(start, start + count).float()[:, None].expand(-1, W)
-    tap.record([Stretch(request, request, start, count, 0)], hidden, version, [request] if ended else [])
+    tap.record([Stretch(request, start, count, 0)], hidden, version, [request] if ended else [])
 
 
 def positions(segments) -> list[int]:
@@ -64,7 +67,9 @@ def test_a_request_is_written_slot_by_slot_and_the_rest_when_it_ends(ring):
     tap, request = tap_of(ring), Request(length=21)
     record(tap, request, 0, 5)
     assert ring[1].poll() == [], "a slot is not full yet"
-    record(tap, request, 5, 14)
+    record(tap, request, 5, 3)
+    assert ring[1].poll() == [], "the last slot of a request says so: it waits for a row behind it"
+    record(tap, request, 8, 11)
     first = ring[1].poll()
     assert [len(s.tokens) for s in first] == [8, 8]
     record(tap, request, 19, 2, ended=True)
@@ -80,6 +85,7 @@ def test_what_a_retraction_computes_again_is_skipped(ring):
     record(tap, request, 0, 12)
     record(tap, request, 20, 10, ended=True)
     assert positions(ring[1].poll()) == list(range(30))
+    assert tap.skipped_tokens == 6 + 12
 
 
 def test_a_prompt_from_the_prefix_cache_begins_where_it_was_computed(ring):
@@ -106,7 +112,7 @@ def test_a_new_policy_begins_a_new_segment(ring):
 def test_requests_of_one_pass_do_not_mix(ring):
     tap, one, two = tap_of(ring), Request("one", length=8), Request("two", length=9)
     hidden = torch.cat([torch.arange(8), torch.arange(9)]).float()[:, None].expand(-1, W)
-    tap.record([Stretch(two, two, 0, 9, 8), Stretch(one, one, 0, 8, 0)], hidden, 0, [one, two])
+    tap.record([Stretch(two, 0, 9, 8), Stretch(one, 0, 8, 0)], hidden, 0, [one, two])
     by_request = {
         name: [s for s in segments if s.request_id == name] for segments in [ring[1].poll()] for name in ("one", "two")
     }
@@ -124,9 +130,9 @@ def test_the_second_half_of_a_steps_budget_is_for_long_responses(ring):
     assert tap.tokens == 32 and tap.dropped_tokens == 0, "the first half is for everybody"
     record(tap, Request("short", prompt_len=0, length=8), 0, 8, ended=True)
     assert tap.dropped_tokens == 8
-    record(tap, Request("long", prompt_len=0, length=60), 0, 16)
+    record(tap, Request("long", prompt_len=0, length=60), 0, 17)
     assert tap.tokens == 48 and tap.dropped_tokens == 8
-    record(tap, Request("long too", prompt_len=0, length=60), 0, 24)
+    record(tap, Request("long too", prompt_len=0, length=60), 0, 25)
     assert tap.tokens == 64 and tap.dropped_tokens == 16, "never more than the budget"
     record(tap, Request("next", prompt_len=0, length=8), 0, 8, version=1, ended=True)
     assert tap.tokens == 72, "the next policy's step has a budget of its own"
@@ -146,9 +152,9 @@ def test_nothing_waits_for_a_copy_and_late_ones_are_written_in_order(ring, monke
     tap, request, events = tap_of(ring), Request(length=16), []
     on_host = Tap._to_host
 
-    def late(self, hidden, stretches):
+    def late(self, hidden, stretches, ready):
         events.append(LateEvent())
-        return on_host(self, hidden, stretches)[0], events[-1]
+        return on_host(self, hidden, stretches, ready)[0], events[-1]
 
     monkeypatch.setattr(Tap, "_to_host", late)
     record(tap, request, 0, 8)
@@ -163,7 +169,7 @@ def test_nothing_waits_for_a_copy_and_late_ones_are_written_in_order(ring, monke
 
 def test_copies_that_never_come_are_dropped_and_counted(ring, monkeypatch):
     on_host = Tap._to_host
-    monkeypatch.setattr(Tap, "_to_host", lambda self, hidden, s: (on_host(self, hidden, s)[0], LateEvent()))
+    monkeypatch.setattr(Tap, "_to_host", lambda self, *given: (on_host(self, *given)[0], LateEvent()))
     tap = tap_of(ring)
     for i in range(MOST_COPIES + 5):
         record(tap, Request(str(i)), 0, 2)
@@ -171,7 +177,26 @@ def test_copies_that_never_come_are_dropped_and_counted(ring, monkeypatch):
 
 
 def test_a_request_that_is_gone_leaves_nothing_behind(ring):
-    tap = tap_of(ring)
-    for i in range(50):
-        record(tap, Request(str(i)), 0, 5)
-    assert len(tap._staged) <= 1 and len(tap._next) <= 1
+    """Aborted while it waited, for instance: the tap never hears that it ended."""
+    tap, request = tap_of(ring), Request()
+    record(tap, request, 0, 5)
+    gone = weakref.ref(request)
+    del request
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_last_segment_of_a_request_is_final_where_it_fills_its_slot(ring):
+    tap, request = tap_of(ring), Request(length=2 * SLOT)
+    record(tap, request, 0, 2 * SLOT)
+    record(tap, request, 2 * SLOT, 3, ended=True)  # accepted behind its end
+    assert [(len(s.tokens), s.final) for s in ring[1].poll()] == [(SLOT, False), (SLOT, True)]
+
+
+def test_nothing_is_copied_once_a_steps_budget_is_spent(ring, monkeypatch):
+    tap = tap_of(ring, budget=16)
+    for name in ("a", "b"):
+        record(tap, Request(name, prompt_len=0, length=8), 0, 8, ended=True)
+    assert tap.tokens == 16
+    record(tap, late := Request("late", prompt_len=0), 0, 50)
+    assert late.recorded is None and tap.dropped_tokens == 50

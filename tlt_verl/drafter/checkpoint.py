@@ -264,14 +264,31 @@ def save_hot_tokens(path: Path, tokens: list[int]) -> None:
     torch.save(tokens, path)
 
 
+def write_drafter(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], hot: torch.Tensor | None = None
+) -> None:
+    """Write a drafter into an existing folder as SGLang reads it: config, weights, and the token map of a hot head.
+
+    Args:
+        weights: on any device.
+        hot: int64 [hot_vocab_size].
+    """
+    tokens = None if hot is None else hot.tolist()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    _write_serving(folder, _json({k: v for k, v in config.items() if k != "hot_vocab_size"}, tokens), tensors, tokens)
+
+
+def _write_serving(folder: Path, config: str, weights: dict[str, torch.Tensor], hot: list[int] | None) -> None:
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "tlt_verl.version": tlt_verl.__version__})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors hides it from other users
+    if hot is not None:
+        save_hot_tokens(folder / HOT_TOKENS, hot)
+
+
 def _write_files(snapshot: _Snapshot, scratch: Path) -> None:
-    (scratch / CONFIG).write_text(snapshot.config, encoding="utf-8")
+    _write_serving(scratch, snapshot.config, snapshot.state["weights"], snapshot.hot)
     (scratch / _INFO).write_text(snapshot.info, encoding="utf-8")
-    metadata = {"format": "pt", "tlt_verl.version": tlt_verl.__version__}
-    save_file(snapshot.state["weights"], scratch / WEIGHTS, metadata=metadata)
-    (scratch / WEIGHTS).chmod((scratch / CONFIG).stat().st_mode)  # safetensors hides it from other users
-    if snapshot.hot is not None:
-        save_hot_tokens(scratch / HOT_TOKENS, snapshot.hot)
     if snapshot.state["trainer"] is not None:
         torch.save(snapshot.state["trainer"], scratch / _TRAINER)
 

@@ -6,8 +6,9 @@ Knows the file format only: neither models nor drafters.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +49,18 @@ class TensorFolder:
         """The tensor, on the CPU, in its own dtype."""
         with safe_open(self._file_of[name], "pt") as file:
             return file.get_tensor(name)
+
+
+def embed_and_head(folder: Path, config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A target's embedding and head, [V, H] each, in its own dtype, on the CPU; the same tensor where they are tied.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: the folder has no such tensors.
+    """
+    tensors = TensorFolder(folder)
+    embed = tensors.load("model.embed_tokens.weight")
+    tied = config.get("tie_word_embeddings") or "lm_head.weight" not in tensors
+    return embed, embed if tied else tensors.load("lm_head.weight")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -79,7 +79,7 @@ class SharedTensors:
     Args:
         embed: [V, H], any float dtype.
         head: [V, H], any float dtype.
-        hot: int64 [Vh], the rows of the head that the loss is over; None for all.
+        hot: int64 [Vh], the rows of the head that the loss is over; None for all. Kept on the head's device.
 
     Raises:
         ValueError: the shapes do not fit together, or `hot` is not int64 within the vocabulary.
@@ -97,6 +97,7 @@ class SharedTensors:
                 raise ValueError(f"hot: got {self.hot.dtype} {list(self.hot.shape)}, takes int64 [Vh], Vh >= 1")
             if self.hot.min() < 0 or self.hot.max() >= len(self.head):
                 raise ValueError(f"hot: got tokens up to {int(self.hot.max())}, takes 0 to {len(self.head) - 1}")
+            object.__setattr__(self, "hot", self.hot.to(self.head.device))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class StepReport:
         loss, feature, ce, accept, top1: as in `Losses`, before the step.
         grad_norm: of all parameters together, before clipping.
         tokens: rows that were learnt from.
-        seconds: wall time of the step.
+        seconds: wall time of the step, the update included.
     """
 
     loss: float
@@ -197,32 +198,31 @@ class DrafterTrainer:
         losses, tokens = self._losses(pack(samples))
         losses.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.settings.clip)
-        report = StepReport(
-            **{name: getattr(losses, name).item() for name in ("loss", "feature", "ce", "accept", "top1")},
-            grad_norm=norm.item(),
-            tokens=tokens,
-            seconds=time.perf_counter() - begin,
-        )
+        values = {name: getattr(losses, name).item() for name in ("loss", "feature", "ce", "accept", "top1")}
+        values["grad_norm"] = norm.item()
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(value := getattr(report, name)):
+            if not math.isfinite(values[name]):
                 self._optimizer.zero_grad()
-                raise DrafterDiverged(f"step {self.steps + 1}: {name} is {value}; the step was not applied")
+                raise DrafterDiverged(f"step {self.steps + 1}: {name} is {values[name]}; the step was not applied")
         warmup = min(1.0, (self.steps + 1) / max(self.settings.warmup_steps, 1))
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.lr * warmup * lr_scale
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.steps += 1
-        return report
+        return StepReport(**values, tokens=tokens, seconds=time.perf_counter() - begin)
 
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Copies of the drafter's tensors, named as in its file, in this dtype, on the trainer's device."""
         return {name: tensor.detach().to(dtype, copy=True) for name, tensor in self.drafter.state_dict().items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of all that training goes on from: drafter, optimizer, steps, generator of the noise.
+    def state_dict(self, *, copies: bool = True) -> dict[str, Any]:
+        """All that training goes on from: drafter, optimizer, steps, generator of the noise.
 
         A trainer that loads it, with the same settings, device and shared tensors, continues bit for bit.
+
+        Args:
+            copies: False gives the tensors themselves, for one who copies them before the next step.
         """
         state = {
             "drafter": self.drafter.state_dict(),
@@ -230,7 +230,7 @@ class DrafterTrainer:
             "steps": self.steps,
             "noise": self._noise.get_state(),
         }
-        return copy.deepcopy(state)
+        return copy.deepcopy(state) if copies else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned. The settings stay the trainer's own.

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
+from typing import BinaryIO
+
+# The inner shell waits for the end of the pipe. The outer one ends at once, so that the inner one is nobody's child and
+# in nobody's session: SGLang kills all descendants of an engine one by one.
+_WAIT_AND_REMOVE = 'exec 3<&0; (read -r _ <&3; rm -rf -- "$1") >/dev/null 2>&1 &'
 
 
-def remove_after_death(path: Path) -> subprocess.Popen:
-    """Let a shell wait for the end of this process, at the other end of a pipe, and then remove a file.
-
-    The shell is in a session of its own, so that what ends this process's group does not end it first.
+def remove_after_death(path: Path) -> BinaryIO:
+    """Let a shell wait for the end of this process, at the other end of a pipe, and then remove a file or a folder.
 
     Returns:
-        The shell. It sees the end of this process when the object is collected: keep it.
+        This end of the pipe: keep it, for closing it is taken for the end.
+
+    Raises:
+        OSError: no process could be started.
     """
-    return subprocess.Popen(
-        ["sh", "-c", 'read -r _; rm -f -- "$1"', "sh", str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    reading, writing = os.pipe()
+    try:
+        subprocess.run(
+            ["sh", "-c", _WAIT_AND_REMOVE, "sh", str(path)], stdin=reading, check=True, start_new_session=True
+        )
+    finally:
+        os.close(reading)
+    return os.fdopen(writing, "wb")

@@ -51,10 +51,7 @@ async def publish(tokenizer_manager: Any, version: int, timeout_s: float = 60.0)
         drafter = (await state(tokenizer_manager))["drafter"]
         if sum(drafter["rejected"].values()) > rejections:
             return drafter["reason"]
-        if drafter["staged"] == version:
-            published = await command(tokenizer_manager, publish=version)
-            return (
-                None if published else f"version {version}: the engine is asleep, or not all its ranks have staged it"
-            )
+        if drafter["staged"] == version and await command(tokenizer_manager, publish=version):
+            return None
         await asyncio.sleep(_POLL_S)
-    return f"version {version}: not read within {timeout_s:.0f} s"
+    return f"version {version}: not on every rank, or the engine asleep, for {timeout_s:.0f} s"

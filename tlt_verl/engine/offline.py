@@ -115,7 +115,7 @@ class OfflineEngine:
             }
         )
         self._max_running = max_running
-        self._readers = [SegmentReader(ring) for ring in find_rings(name)]
+        self._readers = [SegmentReader(ring) for ring in find_rings(f"{name}-")]
         if not self._readers:
             self.close()
             raise RuntimeError(f"the engine made no ring of segments {name!r}: its log says why")
@@ -202,15 +202,15 @@ class OfflineEngine:
                     rollouts.add(place, await self._generate(prompts[place], sampling))
 
         tasks = [asyncio.create_task(one(place)) for place in range(len(prompts))]
-        tasks += [asyncio.create_task(self._publish(publish, rollouts))] if publish else []
+        tasks += [asyncio.create_task(self._publish(publish, rollouts, len(prompts)))] if publish else []
         try:
             pending: set[asyncio.Task] = set(tasks)
             while pending:
                 _, pending = await asyncio.wait(pending, timeout=_POLL_S)
                 self._pump(on_segments)
                 on_progress(rollouts)
-                if seconds is not None and time.monotonic() - begin > seconds and not over.is_set():
-                    over.set()
+                if seconds is not None and time.monotonic() - begin > seconds:
+                    over.set()  # again and again: a request may have been on its way at the first time
                     self._engine.tokenizer_manager.abort_request(abort_all=True)
             for task in tasks:
                 task.result()
@@ -218,17 +218,22 @@ class OfflineEngine:
             for task in tasks:
                 task.cancel()
         rollouts.seconds = time.monotonic() - begin
-        await asyncio.sleep(2 * _POLL_S)
+        from tlt_verl.engine import client
+
+        await client.state(self._engine.tokenizer_manager)  # the scheduler writes what it still has of them
         self._pump(on_segments)
         return rollouts
 
     async def _generate(self, prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
         return await self._engine.async_generate(input_ids=list(prompt), sampling_params=sampling)
 
-    async def _publish(self, versions: Sequence[int], rollouts: Rollouts) -> None:
+    async def _publish(self, versions: Sequence[int], rollouts: Rollouts, in_flight: int) -> None:
+        """Publish one after the other for as long as requests are in flight."""
         from tlt_verl.engine import client
 
         for version in versions:
+            if len(rollouts.responses) == in_flight:
+                return
             if (reason := await client.publish(self._engine.tokenizer_manager, version)) is not None:
                 rollouts.rejections.append(reason)
                 continue

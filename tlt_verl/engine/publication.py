@@ -7,7 +7,6 @@ is rejected with its reason, and the old drafter goes on. Knows SGLang's model c
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -44,6 +43,32 @@ class Staged:
     hot: torch.Tensor | None
 
 
+class PublishGap:
+    """How long the scheduler's steps stood still for the last publication that came between two of them.
+
+    From the end of the step before to the beginning of the step behind: handling of the message, the copies, and
+    whatever else the scheduler did between them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._ended = 0.0
+        self._waiting = False
+
+    def step_begins(self) -> None:
+        """A forward pass is about to be launched."""
+        if self._waiting:
+            self.seconds, self._waiting = time.perf_counter() - self._ended, False
+
+    def step_ends(self) -> None:
+        """A forward pass has been launched; on a CPU it has ended."""
+        self._ended = time.perf_counter()
+
+    def published(self) -> None:
+        """A publication has come."""
+        self._waiting = True
+
+
 class Publications:
     """Stages and publishes drafters for one scheduler.
 
@@ -72,7 +97,9 @@ class Publications:
         self.version = 0
         self.rejected: dict[str, int] = {}
         self.reason = ""
-        self.pause_s = 0.0
+        self.published = 0
+        self.is_broken = False
+        """A publication failed half way: what serves now is no drafter that anybody trained."""
         self.drafts_are_stale = False
         """The hot tokens have changed: what requests in flight hold as their first drafts are rows of the old head."""
 
@@ -101,15 +128,20 @@ class Publications:
         Returns:
             Whether it serves now. False: it is not staged, or not on every rank.
         """
-        begin = time.perf_counter()
         staged = self._staged
         if not self._agree(staged is not None and staged.version == version):
             return False
         assert staged is not None
-        self._copy(staged)
-        self.version, self._staged = version, None
-        self.pause_s = time.perf_counter() - begin
-        logger.info("tlt: drafter version %d serves; the scheduler paused for %.1f ms", version, 1e3 * self.pause_s)
+        self._staged = None
+        try:
+            self._copy(staged)
+        except Exception as error:  # the rollout comes first; the caller turns drafting off
+            self.is_broken = True
+            self._reject(version, "failed", error)
+            return False
+        self.version, self.is_broken = version, False
+        self.published += 1
+        logger.info("tlt: drafter version %d serves", version)
         return True
 
     def _read(self, version: int) -> None:
@@ -129,7 +161,6 @@ class Publications:
         """Read a folder and compare it with the serving drafter."""
         folder = self._folder / f"v{version}"
         tensors = load_file(folder / "model.safetensors")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         serving = dict(self._own_tensors())
         given = {name: tensor for name, tensor in tensors.items() if name not in SHARED}
         if missing := sorted(serving.keys() - given.keys()):
@@ -142,18 +173,25 @@ class Publications:
                 raise PublicationError("shape", f"{folder}: {name} has the shape {shapes}")
             if not torch.isfinite(tensor).all():
                 raise PublicationError("nan", f"{folder}: {name} holds NaN or infinity")
-        return Staged(version, given, self._checked_hot(folder, config))
+        return Staged(version, given, self._checked_hot(folder))
 
-    def _checked_hot(self, folder: Path, config: Mapping[str, Any]) -> torch.Tensor | None:
-        """The hot token ids; as many as the serving head has rows, where that cannot change."""
+    def _checked_hot(self, folder: Path) -> torch.Tensor | None:
+        """The hot token ids to draft from, or None for the whole vocabulary.
+
+        A head that was captured in graphs keeps its size: the whole one serves every drafter, a hot one those of its
+        size. A head that several ranks share is served whole.
+        """
         path, serving = folder / "hot_tokens.pt", self._worker.hot_token_id
+        if serving is None and (not self._resizable or self._tp_size > 1):
+            return None
         hot = torch.as_tensor(torch.load(path, weights_only=True), dtype=torch.int64) if path.exists() else None
         sizes = [None if ids is None else len(ids) for ids in (hot, serving)]
         if sizes[0] != sizes[1] and not self._resizable:
             given, served = ("the whole vocabulary" if size is None else f"{size} hot tokens" for size in sizes)
             raise PublicationError("hot", f"{folder}: drafts from {given}; the captured graphs draft from {served}")
-        if hot is not None and (int(hot.min()) < 0 or int(hot.max()) >= config["vocab_size"]):
-            raise PublicationError("hot", f"{folder}: hot token ids outside [0, {config['vocab_size']})")
+        rows = len(self._target_head())
+        if hot is not None and (int(hot.min()) < 0 or int(hot.max()) >= rows):
+            raise PublicationError("hot", f"{folder}: hot token ids outside [0, {rows})")
         return hot
 
     def _fits(self, whole: torch.Size, share: torch.Size) -> bool:
@@ -161,7 +199,7 @@ class Publications:
         if len(whole) != len(share):
             return False
         ratios = [w / s for w, s in zip(whole, share, strict=True)]
-        return all(ratio in (1, self._tp_size) for ratio in ratios) and sum(ratio != 1 for ratio in ratios) <= 1
+        return all(self._tp_size % ratio == 0 for ratio in ratios) and sum(ratio != 1 for ratio in ratios) <= 1
 
     def _own_tensors(self) -> Any:
         """This rank's share of the serving drafter's own tensors, under their checkpoint names."""

@@ -6,12 +6,11 @@ written once the copy has ended.
 
 Each position of a request is recorded once, whatever the engine computes again: after a retraction the recomputed
 positions are skipped. Positions that came from the prefix cache have no hidden state and are left out. The last token
-of a response has none either, for no forward pass ever reads it.
+of a response has none either, unless it was accepted as a draft: no other forward pass reads it.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ class RequestView(Protocol):
     request_id: str
     prompt_id: int
     prompt_len: int
+    recorded: Recorded | None
+    """The tap's own, None at first: it lives and dies with the view."""
 
     def length(self) -> int:
         """Positions of the prompt and of what the response keeps."""
@@ -48,7 +49,6 @@ class RequestView(Protocol):
 class Stretch:
     """`count` positions of a request from `start`, whose hidden states are the rows from `row` of one tensor."""
 
-    key: Any  # the engine's request object
     view: RequestView
     start: int
     count: int
@@ -56,13 +56,21 @@ class Stretch:
 
 
 @dataclass
-class _Staged:
-    """A request's recorded positions that are not in the ring yet."""
+class Recorded:
+    """How far a request is recorded, and what of it is not in the ring yet.
 
-    view: RequestView
-    version: int
-    start: int = 0  # position of the first staged row
-    rows: list[torch.Tensor] = field(default_factory=list)  # bfloat16 [n, W] each
+    Args:
+        end: the first position that was not recorded.
+        version: of the policy that computed the staged rows.
+        start: position of the first staged row.
+        rows: bfloat16 [n, W] each.
+        count: staged rows.
+    """
+
+    end: int
+    version: int = 0
+    start: int = 0
+    rows: list[torch.Tensor] = field(default_factory=list)
     count: int = 0
 
 
@@ -73,7 +81,7 @@ class _Copy:
     stretches: list[Stretch]
     rows: torch.Tensor
     version: int
-    ended: list[Any]
+    ended: list[RequestView]
     event: Any = None
 
 
@@ -93,26 +101,37 @@ class Tap:
     ) -> None:
         self._writer, self._slot_tokens, self._stream = writer, slot_tokens, stream
         self._budget = max_tokens_per_step
-        self._next: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._staged: weakref.WeakKeyDictionary[Any, _Staged] = weakref.WeakKeyDictionary()
         self._copies: deque[_Copy] = deque()
         self._lengths: deque[int] = deque(maxlen=_LENGTHS)
         self._version, self._spent = -1, 0
         self.tokens = 0
         self.dropped_tokens = 0
+        self.skipped_tokens = 0
 
-    def record(self, stretches: Sequence[Stretch], hidden: torch.Tensor, version: int, ended: Sequence[Any]) -> None:
+    def record(
+        self,
+        stretches: Sequence[Stretch],
+        hidden: torch.Tensor,
+        version: int,
+        ended: Sequence[RequestView],
+        ready: Any = None,
+    ) -> None:
         """Take what one forward pass computed.
 
         Args:
             hidden: [R, W], any floating dtype, on the engine's device.
             version: of the policy that computed them.
-            ended: request objects that are finished; what is staged of them is written.
+            ended: requests that are finished; what is staged of them is written.
+            ready: an event of the device behind which `hidden` is there; None on the host.
         """
         new = [fresh for stretch in stretches if (fresh := self._unrecorded(stretch)).count > 0]
+        if version == self._version and self._spent >= self._budget:
+            self.dropped_tokens += sum(stretch.count for stretch in new)
+            new = []
         for stretch in new:
-            self._next[stretch.key] = stretch.start + stretch.count
-        rows, event = self._to_host(hidden, new)
+            recorded = stretch.view.recorded = stretch.view.recorded or Recorded(stretch.start)
+            recorded.end = stretch.start + stretch.count
+        rows, event = self._to_host(hidden, new, ready)
         self._copies.append(_Copy(new, rows, version, list(ended), event))
         self.drain()
 
@@ -123,15 +142,18 @@ class Tap:
         while len(self._copies) > MOST_COPIES:
             copy = self._copies.popleft()
             self.dropped_tokens += sum(stretch.count for stretch in copy.stretches)
+            for view in copy.ended:
+                view.recorded = None
 
     def metrics(self) -> dict[str, int]:
-        """Counters since the start; `overwritten` is of segments, `dropped` of tokens."""
+        """Counters since the start; `overwritten` is of segments, `dropped` and `skipped` (recomputed) of tokens."""
         return {
             "segments": self._writer.written,
             "bytes": self._writer.bytes,
             "overwritten": self._writer.overwritten,
             "tokens": self.tokens,
             "dropped": self.dropped_tokens,
+            "skipped": self.skipped_tokens,
         }
 
     def close(self) -> None:
@@ -140,18 +162,20 @@ class Tap:
 
     def _unrecorded(self, stretch: Stretch) -> Stretch:
         """The part of a stretch that was not recorded before and that is part of the request."""
-        start = max(stretch.start, self._next.get(stretch.key, stretch.start))
+        recorded = stretch.view.recorded
+        start = stretch.start if recorded is None else max(stretch.start, recorded.end)
         end = min(stretch.start + stretch.count, stretch.view.length())
-        return Stretch(stretch.key, stretch.view, start, max(0, end - start), stretch.row + start - stretch.start)
+        self.skipped_tokens += min(start, end) - stretch.start if start > stretch.start else 0
+        return Stretch(stretch.view, start, max(0, end - start), stretch.row + start - stretch.start)
 
-    def _to_host(self, hidden: torch.Tensor, stretches: Sequence[Stretch]) -> tuple[torch.Tensor, Any]:
+    def _to_host(self, hidden: torch.Tensor, stretches: Sequence[Stretch], ready: Any) -> tuple[torch.Tensor, Any]:
         """The stretches' rows one behind the other, bfloat16 on the host, and the event after which they are there."""
         index = [row for stretch in stretches for row in range(stretch.row, stretch.row + stretch.count)]
         if hidden.device.type == "cpu":
             return hidden[torch.tensor(index, dtype=torch.int64)].to(torch.bfloat16), None
         module = torch.get_device_module(hidden.device)
         pinned_index = torch.tensor(index, dtype=torch.int64).pin_memory()
-        self._stream.wait_stream(module.current_stream())
+        self._stream.wait_event(ready)
         with module.stream(self._stream):
             rows = hidden[pinned_index.to(hidden.device, non_blocking=True)].to(torch.bfloat16)
             host = torch.empty(rows.shape, dtype=torch.bfloat16, pin_memory=True)
@@ -162,41 +186,44 @@ class Tap:
         return host, event
 
     def _stage(self, copy: _Copy) -> None:
-        """Add a copy's rows to their requests; write the slots that are full and the requests that ended."""
+        """Add a copy's rows to their requests; write the slots that are full and the requests that ended.
+
+        A slot is written when the first row behind it is there, so that the last one of a request can say that it is.
+        """
         at = 0
         for stretch in copy.stretches:
             rows = copy.rows[at : at + stretch.count]
             at += stretch.count
-            staged = self._staged_for(stretch, copy.version)
-            staged.rows.append(rows)
-            staged.count += stretch.count
-            while staged.count >= self._slot_tokens:
-                self._flush(staged, self._slot_tokens)
-        for key in copy.ended:
-            staged_or_none = self._staged.pop(key, None)
-            if staged_or_none is not None:
-                self._flush(staged_or_none, staged_or_none.count, final=True)
-                self._lengths.append(staged_or_none.view.length() - staged_or_none.view.prompt_len)
+            recorded = self._recorded_for(stretch, copy.version)
+            recorded.rows.append(rows)
+            recorded.count += stretch.count
+            while recorded.count > self._slot_tokens:
+                self._flush(stretch.view, recorded, self._slot_tokens)
+        for view in copy.ended:
+            if view.recorded is not None:
+                self._flush(view, view.recorded, view.recorded.count, final=True)
+                self._lengths.append(view.length() - view.prompt_len)
+                view.recorded = None
 
-    def _staged_for(self, stretch: Stretch, version: int) -> _Staged:
+    def _recorded_for(self, stretch: Stretch, version: int) -> Recorded:
         """Where a stretch is staged. What it does not continue, in position or in version, is written first."""
-        staged = self._staged.get(stretch.key)
-        if staged is None:
-            staged = self._staged[stretch.key] = _Staged(stretch.view, version, stretch.start)
-        elif staged.version != version or staged.start + staged.count != stretch.start:
-            self._flush(staged, staged.count)
-            staged.version, staged.start = version, stretch.start
-        return staged
+        recorded = stretch.view.recorded
+        assert recorded is not None, "a request is recorded until it has ended"
+        if recorded.count and (recorded.version != version or recorded.start + recorded.count != stretch.start):
+            self._flush(stretch.view, recorded, recorded.count)
+        if not recorded.count:
+            recorded.version, recorded.start = version, stretch.start
+        return recorded
 
-    def _flush(self, staged: _Staged, count: int, *, final: bool = False) -> None:
+    def _flush(self, view: RequestView, recorded: Recorded, count: int, *, final: bool = False) -> None:
         """Write the first `count` staged rows as one segment, or drop them where the step's budget is spent."""
         if count == 0:
             return
-        rows = staged.rows[0] if len(staged.rows) == 1 else torch.cat(staged.rows)
-        start, end, view = staged.start, staged.start + count, staged.view
-        if self._allowed(view.length() - view.prompt_len, count, staged.version):
+        rows = recorded.rows[0] if len(recorded.rows) == 1 else torch.cat(recorded.rows)
+        start, end = recorded.start, recorded.start + count
+        if self._allowed(view.length() - view.prompt_len, count, recorded.version):
             segment = Segment(
-                policy_version=staged.version,
+                policy_version=recorded.version,
                 request_id=view.request_id,
                 prompt_id=view.prompt_id,
                 start=start,
@@ -211,8 +238,8 @@ class Tap:
             self.tokens += count
         else:
             self.dropped_tokens += count
-        staged.rows = [rows[count:]] if len(rows) > count else []
-        staged.start, staged.count = end, staged.count - count
+        recorded.rows = [rows[count:]] if len(rows) > count else []
+        recorded.start, recorded.count = end, recorded.count - count
 
     def _allowed(self, response: int, count: int, version: int) -> bool:
         """Whether the step's budget has room for a response of this length."""

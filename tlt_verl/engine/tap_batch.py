@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tlt_verl.engine.tap import Stretch
+from tlt_verl.engine.tap import Recorded, Stretch
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -29,11 +29,13 @@ class Tapped:
     Args:
         hidden: [R, W]; of a prefill the requests' rows one behind the other, of a verification `stride` a request.
         version: of the policy.
+        ready: event of the device behind which `hidden` is there; None on the host.
         prefix_lens, extend_lens: of a prefill, a number a request; None of a verification.
     """
 
     hidden: torch.Tensor
     version: int
+    ready: Any = None
     prefix_lens: Sequence[int] | None = None
     extend_lens: Sequence[int] | None = None
 
@@ -43,6 +45,7 @@ class View:
 
     def __init__(self, req: Req) -> None:
         self._req = req
+        self.recorded: Recorded | None = None
         self.request_id = str(req.rid)[:64]
         self.prompt_len = len(req.origin_input_ids)
         digest = hashlib.blake2b(array("q", req.origin_input_ids).tobytes(), digest_size=8)
@@ -88,7 +91,7 @@ def prefill_stretches(batch: ScheduleBatch, tapped: Tapped) -> list[Stretch]:
     assert tapped.prefix_lens is not None and tapped.extend_lens is not None
     stretches, row = [], 0
     for req, start, count in zip(batch.reqs, tapped.prefix_lens, tapped.extend_lens, strict=True):
-        stretches.append(Stretch(req, view_of(req), start, count, row))
+        stretches.append(Stretch(view_of(req), start, count, row))
         row += count
     return stretches
 
@@ -105,7 +108,7 @@ def verify_stretches(batch: ScheduleBatch, result: Any, starts: Sequence[int], l
     """
     accepted, stride = result.accept_lens.tolist(), result.speculative_num_draft_tokens
     return [
-        Stretch(req, view_of(req), start, count, i * stride)
+        Stretch(view_of(req), start, count, i * stride)
         for i, (req, start, count, is_live) in enumerate(zip(batch.reqs, starts, accepted, live, strict=True))
         if is_live
     ]

@@ -7,8 +7,10 @@ to the tap when the scheduler has processed its result, for only then it is know
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +25,7 @@ from tlt_verl.engine import tap_batch
 from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.drafting import Drafting
 from tlt_verl.engine.options import EngineOptions
-from tlt_verl.engine.publication import Publications
+from tlt_verl.engine.publication import Publications, PublishGap
 from tlt_verl.engine.tap import Tap
 from tlt_verl.segments import SegmentWriter
 
@@ -49,6 +51,7 @@ class TLTWorker(EAGLEWorkerV2):
         self.policy_version = 0
         self._policy_changed = False
         self._tapping = True
+        self._publish_gap = PublishGap()
         self._tap = self._open_tap() if self.options.tap is not None and self.ps.tp_rank == 0 else None
         self._tap_failures = int(self.options.tap is not None and self.ps.tp_rank == 0 and self._tap is None)
 
@@ -78,12 +81,16 @@ class TLTWorker(EAGLEWorkerV2):
             self._publications.drafts_are_stale = False
         tapping = self._tap is not None and self._tapping and not batch.forward_mode.is_idle()
         lens = (list(batch.prefix_lens), list(batch.extend_lens)) if tapping and is_prefill else ()
+        self._publish_gap.step_begins()
         result = super().forward_batch_generation(batch, *args, **kwargs)
+        self._publish_gap.step_ends()
         if tapping:
-            hidden = result.logits_output.hidden_states
-            if hidden.device.type != "cpu":  # a captured graph writes its next answer to the same memory
-                hidden = hidden.clone()
-            setattr(result, _TAPPED, tap_batch.Tapped(hidden, self.policy_version, *lens))
+            with self._tap_guard():
+                hidden = result.logits_output.hidden_states
+                if result.can_run_cuda_graph:  # a captured graph writes its next answer to the same memory
+                    hidden = hidden.clone()
+                tapped = tap_batch.Tapped(hidden, self.policy_version, self._event_here(), *lens)
+                setattr(result, _TAPPED, tapped)
         return result
 
     # --- the scheduler's side: called through the seams sglang.batch_result and sglang.internal_state
@@ -92,19 +99,24 @@ class TLTWorker(EAGLEWorkerV2):
         """Run the scheduler's own `process`, with the tap and the counters of what was not drafted around it."""
         tapped = getattr(result, _TAPPED, None)
         live = tap_batch.active(batch)
-        starts = tap_batch.verify_starts(batch) if tapped is not None and tapped.extend_lens is None else []
+        starts: list[int] = []
+        if tapped is not None and tapped.extend_lens is None:
+            with self._tap_guard():
+                starts = tap_batch.verify_starts(batch)
         if result.accept_lens is not None and result.speculative_num_draft_tokens == 1:
             for req, is_live in zip(batch.reqs, live, strict=True):
                 req.spec_verify_ct -= is_live  # the scheduler counts it; decoding without drafts verifies nothing
         answer = process(batch, result)
         if tapped is not None and self._tap is not None:
-            try:
+            with self._tap_guard():
                 self._record(self._tap, tapped, batch, result, starts, live)
-            except Exception:  # the rollout comes first: the tap ends, and says so in the log and in the counters
-                logger.exception("tlt: the tap failed and is closed; rollouts go on")
-                self._tap_failures, tap, self._tap = self._tap_failures + 1, self._tap, None
-                tap.close()
         return answer
+
+    def on_idle(self) -> None:
+        """Nothing is running: write what the last copies have brought."""
+        if self._tap is not None:
+            with self._tap_guard():
+                self._tap.drain()
 
     def control(self, commands: dict[str, float], *, asleep: bool = False) -> bool:
         """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0.
@@ -118,8 +130,10 @@ class TLTWorker(EAGLEWorkerV2):
                 done &= self._publications.stage(int(value))
             elif name == "publish":
                 published = not asleep and self._publications.publish(int(value))
-                if published and not self._drafting.is_on:
-                    self._drafting.turn(True)
+                if published:
+                    self._publish_gap.published()
+                if published != self._drafting.is_on and (published or self._publications.is_broken):
+                    self._drafting.turn(published)
                 done &= published
             elif name == "drafting":
                 self._drafting.turn(bool(value))
@@ -131,6 +145,7 @@ class TLTWorker(EAGLEWorkerV2):
 
     def state(self) -> dict[str, Any]:
         """Versions and counters, for the engine's front."""
+        self.on_idle()
         publications = self._publications
         return {
             "policy_version": self.policy_version,
@@ -141,7 +156,8 @@ class TLTWorker(EAGLEWorkerV2):
                 "staging": publications.staging,
                 "rejected": dict(publications.rejected),
                 "reason": publications.reason,
-                "pause_ms": 1e3 * publications.pause_s,
+                "published": publications.published,
+                "pause_ms": 1e3 * self._publish_gap.seconds,
             },
             "tap": {**(self._tap.metrics() if self._tap is not None else {}), "failures": self._tap_failures},
         }
@@ -192,10 +208,10 @@ class TLTWorker(EAGLEWorkerV2):
                 slots=max(2, self.options.tap_bytes // slot_bytes),
                 slot_tokens=SLOT_TOKENS,
             )
+            self._janitor = remove_after_death(writer.path)
         except OSError as error:
             logger.error("tlt: no tap, rollouts go on without it: %s", error)
             return None
-        self._janitor = remove_after_death(writer.path)
         stream = None if self.device == "cpu" else torch.get_device_module(self.device).Stream()
         return Tap(writer, slot_tokens=SLOT_TOKENS, max_tokens_per_step=self.options.tap_tokens_per_step, stream=stream)
 
@@ -205,8 +221,29 @@ class TLTWorker(EAGLEWorkerV2):
             stretches = tap_batch.prefill_stretches(batch, tapped)
         else:
             stretches = tap_batch.verify_stretches(batch, result, starts, live)
-        ended = [req for req, was_live in zip(batch.reqs, live, strict=True) if was_live and req.finished()]
-        tap.record(stretches, tapped.hidden, tapped.version, ended)
+        finished = [req for req, was_live in zip(batch.reqs, live, strict=True) if was_live and req.finished()]
+        ended = [tap_batch.view_of(req) for req in finished]
+        tap.record(stretches, tapped.hidden, tapped.version, ended, tapped.ready)
+
+    @contextlib.contextmanager
+    def _tap_guard(self) -> Iterator[None]:
+        """The rollout comes first: where the tap fails it ends, and says so in the log and in the counters."""
+        try:
+            yield
+        except Exception:
+            logger.exception("tlt: the tap failed and is closed; rollouts go on")
+            self._tap_failures += 1
+            tap, self._tap = self._tap, None
+            if tap is not None:
+                tap.close()
+
+    def _event_here(self) -> Any:
+        """An event of the device behind what has been launched so far; None on the host."""
+        if self.device == "cpu":
+            return None
+        event = torch.get_device_module(self.device).Event()
+        event.record()
+        return event
 
     def _all_ranks_agree(self, yes: bool) -> bool:
         if self.ps.tp_size == 1:

@@ -86,6 +86,25 @@ def _check_parallel(config: DictConfig, options: TLTConfig) -> None:
         raise ConfigError(f"{tp_key}: got {tp}, takes a divisor of the target's {heads} attention heads: {divisors}")
 
 
+def check_hot_vocabulary(config: DictConfig, token_map: Path) -> None:
+    """Refuse a drafter with a hot vocabulary where the draft head is shared by several ranks.
+
+    Args:
+        token_map: the file that such a drafter has.
+
+    Raises:
+        ConfigError: names the option, the value and the cure.
+    """
+    tp_key = f"{_ROLLOUT}.tensor_model_parallel_size"
+    tp = int(OmegaConf.select(config, tp_key) or 1)
+    if tp > 1 and token_map.is_file():
+        raise ConfigError(
+            f"{PREFIX}.drafter.path: got {str(token_map.parent)!r}, a drafter with a hot vocabulary, with "
+            f"{tp_key}={tp}; "
+            "takes one with the whole vocabulary (tlt-verl warmup --hot-vocab 0), or tensor_model_parallel_size=1"
+        )
+
+
 def _check_lora(config: DictConfig) -> None:
     model = "actor_rollout_ref.model"
     rank = max(int(OmegaConf.select(config, f"{model}.{key}") or 0) for key in ("lora_rank", "lora.rank"))

@@ -48,24 +48,43 @@ class EngineMetrics:
     """The metrics of a step from the replicas' states (`TLTWorker.state`), which count since their start."""
 
     def __init__(self) -> None:
-        self._before: dict[str, float] = {}
+        self._before: dict[int, dict[str, float]] = {}
 
     def step(self, states: Sequence[dict]) -> dict[str, float]:
-        """`tlt/drafter/version` is the oldest that serves; the others count what this step did, on all replicas.
+        """Counters are what this step did, on all replicas that answered.
+
+        `tlt/drafter/version` is the oldest that serves, `tlt/drafter/drafting` the share of the replicas that draft,
+        `tlt/drafter/pause_ms` how long a scheduler stood still for its last publication, at most.
 
         Args:
-            states: one a replica; empty ones do not speculate.
+            states: one a replica, in their order; empty where it does not speculate or did not answer.
         """
-        states = [state for state in states if state]
-        if not states:
-            return {}
-        totals = {"tlt/drafter/rejected": float(sum(sum(s["drafter"]["rejected"].values()) for s in states))}
-        for name in ("segments", "tokens", "bytes", "dropped", "overwritten", "failures"):
-            if any(name in state["tap"] for state in states):
-                totals[f"tlt/tap/{name}"] = float(sum(state["tap"].get(name, 0) for state in states))
-        metrics = {name: total - self._before.get(name, 0.0) for name, total in totals.items()}
-        self._before = totals
-        return {**metrics, "tlt/drafter/version": float(min(state["drafter"]["version"] for state in states))}
+        metrics: dict[str, float] = {}
+        for replica, state in enumerate(states):
+            now = _engine_counters(state) if state else {}
+            before = self._before.setdefault(replica, {})
+            for name, total in now.items():
+                began_again = total < before.get(name, 0.0)
+                change = total - (0.0 if began_again else before.get(name, 0.0))
+                metrics[name] = metrics.get(name, 0.0) + change
+            before.update(now)
+        drafters = [(state["drafter"], state["drafting"]) for state in states if state]
+        if drafters:
+            metrics["tlt/drafter/version"] = float(min(drafter["version"] for drafter, _ in drafters))
+            metrics["tlt/drafter/drafting"] = sum(drafting for _, drafting in drafters) / len(drafters)
+            metrics["tlt/drafter/pause_ms"] = float(max(drafter["pause_ms"] for drafter, _ in drafters))
+        return metrics
+
+
+def _engine_counters(state: dict) -> dict[str, float]:
+    """What one replica has counted since its start."""
+    drafter, tap = state["drafter"], state["tap"]
+    counted = {
+        "tlt/drafter/published": float(drafter["published"]),
+        "tlt/drafter/rejected": float(sum(drafter["rejected"].values())),
+    }
+    names = ("segments", "tokens", "bytes", "dropped", "skipped", "overwritten", "failures")
+    return counted | {f"tlt/tap/{name}": float(tap[name]) for name in names if name in tap}
 
 
 def counters(extra_fields: dict, tokens: int) -> Counters:

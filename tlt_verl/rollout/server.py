@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import ray
 from sglang.srt.managers.io_struct import CheckWeightsReqInput
 from sglang.srt.plugins import load_plugins
 from verl.plugin.platform import get_platform
@@ -21,6 +20,7 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpSe
 
 from tlt_verl.config import TLTConfig, load_config
 from tlt_verl.engine import client
+from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.options import EngineOptions
 
 ALGORITHM = "TLT"
@@ -42,19 +42,18 @@ def tlt_config(rollout: RolloutConfig) -> TLTConfig:
     return load_config((rollout.custom or {}).get("tlt"))
 
 
-def engine_options(options: TLTConfig, name: str) -> EngineOptions:
+def engine_options(options: TLTConfig, drafters: Path) -> EngineOptions:
     """What the schedulers of a replica are told.
 
     Args:
-        name: of the replica, unique on the node.
+        drafters: the replica's folder of publications; its name is the ring's too.
     """
     tap = options.tap
-    job = name.rpartition("-")[0]
     return EngineOptions(
-        tap=name if tap.enable else None,
+        tap=drafters.name.removeprefix("tlt-") if tap.enable else None,
         tap_bytes=round(tap.buffer_gb * 2**30),
         tap_tokens_per_step=tap.max_tokens_per_step,
-        publications=str(Path(tempfile.gettempdir()) / f"tlt-drafters-{job}"),
+        publications=str(drafters),
     )
 
 
@@ -90,11 +89,9 @@ class TLTHttpServer(SGLangHttpServer):
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
         """Launch the engine, with SGLang's plugins loaded before verl builds the arguments that name one of them."""
         load_plugins()
-        job = ray.get_runtime_context().get_job_id()
-        options = engine_options(tlt_config(self.config), f"{job}-{self.replica_rank}")
-        if options.publications is not None:
-            Path(options.publications).mkdir(parents=True, exist_ok=True)
-        options.export()
+        self._drafters = Path(tempfile.mkdtemp(prefix="tlt-drafters-"))
+        self._janitor = remove_after_death(self._drafters)
+        engine_options(tlt_config(self.config), self._drafters).export()
         await super().launch_server(*args, **kwargs)
 
     async def drafter_state(self) -> dict[str, Any]:
@@ -109,9 +106,9 @@ class TLTHttpServer(SGLangHttpServer):
         """
         return await client.publish(self.tokenizer_manager, version)
 
-    def publications(self) -> str | None:
-        """The folder from which drafters are published; the same for all replicas of a job on a node."""
-        return EngineOptions.from_environment().publications
+    def publications(self) -> str:
+        """The folder on this node from which this replica's drafters are published; it goes with the replica."""
+        return str(self._drafters)
 
     def _speculates(self) -> bool:
         return self.tokenizer_manager is not None and self.config.mtp is not None and self.config.mtp.enable_rollout

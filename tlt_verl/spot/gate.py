@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from tlt_verl.drafter.checkpoint import check_weights
+from tlt_verl.drafter.checkpoint import check_weights, write_drafter
 from tlt_verl.drafter.eagle import tensor_shapes
 from tlt_verl.drafter.model import EagleDrafter
 from tlt_verl.drafter.packing import Sample
@@ -129,7 +128,7 @@ class Gate:
             return verdict
         self.reasons[verdict.kind] += 1
         if self._folder is not None:
-            _keep(self._folder, self._keep, candidate_weights, config, verdict)
+            _keep(self._folder, self._keep, candidate_weights, config, shared.hot, verdict)
         return verdict
 
     def _decide(
@@ -184,7 +183,12 @@ def _kind(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str
 
 
 def _keep(
-    folder: Path, keep: int, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], verdict: Verdict
+    folder: Path,
+    keep: int,
+    weights: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    hot: torch.Tensor | None,
+    verdict: Verdict,
 ) -> None:
     """Write a rejected candidate under a temporary name, rename it, and remove the oldest behind the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,9 +197,7 @@ def _keep(
     written = folder / f".rejected-{number:06d}"
     shutil.rmtree(written, ignore_errors=True)  # of a run that died while it wrote
     written.mkdir()
-    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
-    save_file(copies, written / "model.safetensors")
-    (written / "config.json").write_text(json.dumps(dict(config), indent=2), encoding="utf-8")
+    write_drafter(written, config, weights, hot)
     (written / "verdict.json").write_text(json.dumps(asdict(verdict), indent=2), encoding="utf-8")
     written.rename(folder / f"rejected-{number:06d}")
     for old in _kept(folder)[:-keep]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tlt_verl.drafter.eagle import drafter_config
 from tlt_verl.drafter.model import EagleDrafter
 from tlt_verl.drafter.packing import Sample, fill
 from tlt_verl.drafter.replay import replay
-from tlt_verl.drafter.tensors import TensorFolder
+from tlt_verl.drafter.tensors import embed_and_head
 from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, StepReport, TrainerSettings
 
 EVALUATE_EVERY_S = 15.0
@@ -35,7 +35,8 @@ class Point:
     """One row of the curve: what had been done at a time, and what the drafter was worth.
 
     Args:
-        elapsed_s: since the start of the warm-up; trained_s: of it, in training steps.
+        elapsed_s: since the start of this warm-up.
+        trained_s: in training steps, those before a resumption included.
         steps, tokens: of training so far.
         loss, ce, accept: mean of the training steps since the last point.
         accept_len: replayed on held-out samples.
@@ -59,6 +60,7 @@ class Learner:
         start: the drafter to go on with, from `load_checkpoint` or as it was made from the target.
         out: folder of the checkpoints and the curve.
         planned_s: training time over which the learning rate falls.
+        begun: the warm-up's start, by `time.monotonic`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Learner:
         pack_tokens: int,
         lr: float,
         planned_s: float,
+        begun: float,
         seed: int,
         device: str,
         dtype: str,
@@ -80,9 +83,13 @@ class Learner:
         self.config = drafter_config(target_config)
         self.num_steps, self._pack_tokens, self._planned_s = num_steps, pack_tokens, planned_s
         self._dtype = getattr(torch, dtype)
-        embed, head = _embed_and_head(target, target_config, device)
+        embed, head = (tensor.to(device) for tensor in embed_and_head(target, target_config))
         self._trainer = DrafterTrainer(
-            _drafter(start), SharedTensors(embed, head, start.hot), TrainerSettings(lr=lr), device, seed
+            _drafter(start.config, start.weights),
+            SharedTensors(embed, head, start.hot),
+            TrainerSettings(lr=lr),
+            device,
+            seed,
         )
         if start.trainer_state is not None:
             self._trainer.load_state_dict(start.trainer_state)
@@ -91,7 +98,7 @@ class Learner:
         self.version = start.version
         self.tokens = int(start.info.get("tokens", 0))
         self.trained_s = float(start.info.get("trained_s", 0.0))
-        self._begin_s, self._this_run_s = time.monotonic(), 0.0
+        self._begin_s, self._this_run_s = begun, 0.0
         self._curve = _Curve(out / "curve.csv", resumed=start.trainer_state is not None)
 
     @property
@@ -147,14 +154,10 @@ class Learner:
         if recent:
             self._add_point(recent)
 
-    def accept_len(self, samples: list[Sample] | None = None) -> float:
-        """Replayed accept length, on held-out samples of the buffer unless others are given."""
-        samples = self.held_out() if samples is None else samples
-        self._trainer.drafter.eval()
-        try:
-            return replay(self._trainer.drafter, self.shared, samples, self.num_steps).accept_len
-        finally:
-            self._trainer.drafter.train()
+    def accept_len(self, samples: list[Sample], weights: Mapping[str, torch.Tensor] | None = None) -> float:
+        """Replayed accept length of a drafter: the trainer's, or that of `weights`."""
+        drafter = self._trainer.drafter if weights is None else _drafter(self.config, weights)
+        return replay(drafter, self.shared, samples, self.num_steps).accept_len
 
     def held_out(self) -> list[Sample]:
         """Held-out samples, as many as are worth their time."""
@@ -176,7 +179,7 @@ class Learner:
         self._writer.save(
             self.config,
             self.weights(),
-            self._trainer.state_dict(),
+            self._trainer.state_dict(copies=False),
             version=self.version,
             info={"accept_len": accept_len, "tokens": self.tokens, "trained_s": self.trained_s},
             hot=self.hot,
@@ -196,7 +199,7 @@ class Learner:
                 trained_s=self.trained_s,
                 steps=self._trainer.steps,
                 tokens=self.tokens,
-                accept_len=self.accept_len(),
+                accept_len=self.accept_len(self.held_out()),
                 **mean,
             )
         )
@@ -220,15 +223,7 @@ class _Curve:
             csv.writer(file).writerow(row)
 
 
-def _drafter(start: Checkpoint) -> EagleDrafter:
-    drafter = EagleDrafter(start.config)
-    drafter.load_state_dict({name: tensor.float() for name, tensor in start.weights.items()})
-    return drafter
-
-
-def _embed_and_head(target: Path, config: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's embedding and head [V, H], in its own dtype."""
-    tensors = TensorFolder(target)
-    embed = tensors.load("model.embed_tokens.weight").to(device)
-    tied = config.get("tie_word_embeddings") or "lm_head.weight" not in tensors
-    return embed, embed if tied else tensors.load("lm_head.weight").to(device)
+def _drafter(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> EagleDrafter:
+    drafter = EagleDrafter(config)
+    drafter.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return drafter.to(next(iter(weights.values())).device)

@@ -42,7 +42,7 @@ class WarmupOptions:
     tokens: int | None = None
     strategy: str = "eagle:7x1@8"
     hot_vocab: int | None = None
-    batch: int = 32
+    batch: int = 64
     max_new_tokens: int = 512
     temperature: float = 1.0
     held_out: int = 64

@@ -33,6 +33,7 @@ CYCLES = ((0.15, 0.20), (0.10, 0.20), (0.05, 0.22))
 """Shares of the time behind the engine's start: rollouts, then training, cycle by cycle. The rest is for measuring."""
 
 _LEAST_MEASURE_S = 15.0
+_LEAST_S = 20.0  # behind the engine's start
 _BEFORE_PROMPTS, _BEFORE_TOKENS = 8, 24  # an untrained drafter is slow
 
 
@@ -42,12 +43,15 @@ class Measured:
 
     Args:
         accept_len, replayed: tokens per verification, the bonus token included.
+        prompts: that were rolled out; ended: responses that ended in time, over which accept length is.
         tokens: produced.
         tokens_per_s: at the rollouts' batch.
     """
 
     accept_len: float
     replayed: float
+    prompts: int
+    ended: int
     tokens: int
     tokens_per_s: float
 
@@ -79,6 +83,13 @@ class Warmup:
         self._strategy, self._gate = strategy, Gate(strategy.num_steps)
         self._gate.keep_rejected(options.out / "rejected")
         self._next_prompt = 0
+        self._rejection = "none was trained"
+        hot_size = 0 if self._start.hot is None else len(self._start.hot)
+        if found and options.hot_vocab not in (None, hot_size):
+            raise ConfigError(
+                f"--hot-vocab: got {options.hot_vocab}, and --out has a drafter with {hot_size}; "
+                "a drafter that goes on keeps its hot vocabulary. Leave it out, or choose another --out."
+            )
 
     def run(self) -> dict[str, Any]:
         """Roll out, train, publish, measure; write `report.json` and return what is in it."""
@@ -88,7 +99,11 @@ class Warmup:
             self._bar = bar
             self._say("starting the engine")
             with self._engine() as engine:
-                self._learner = self._make_learner(0.9 * (total_s - self._elapsed()) * sum(t for _, t in CYCLES))
+                left_s = total_s - self._elapsed()
+                if left_s < _LEAST_S:
+                    started = f"the engine started after {self._elapsed():.0f} s"
+                    raise ConfigError(f"--minutes: got {options.minutes}, and {started}; takes more than that")
+                self._learner = self._make_learner(0.9 * left_s * sum(train for _, train in CYCLES))
                 try:
                     report = self._with(engine, total_s - self._elapsed())
                 finally:
@@ -109,6 +124,8 @@ class Warmup:
             self._publish(engine)
             if stopped := self.options.tokens is not None and self._learner.tokens >= self.options.tokens:
                 break
+        if self._serving is None:
+            raise RuntimeError(f"no drafter was good enough to be published: {self._rejection}")
         self._say("measuring")
         left_s = max(_LEAST_MEASURE_S, 60 * self.options.minutes - self._elapsed())
         after = self._measure(engine, self._held_out, self.options.max_new_tokens, left_s)
@@ -156,6 +173,7 @@ class Warmup:
             pack_tokens=options.pack_tokens,
             lr=options.lr,
             planned_s=planned_s,
+            begun=self._begin,
             seed=options.seed,
             device=options.device,
             dtype=options.dtype,
@@ -178,15 +196,16 @@ class Warmup:
             rolled.seconds += done.seconds
 
     def _publish(self, engine: OfflineEngine) -> None:
-        """Save a checkpoint; let it serve if the gate says so."""
+        """Where the gate says so, save a checkpoint and let it serve. `latest` is what serves."""
         self._say("gate")
         learner = self._learner
         weights = learner.weights()
         verdict = self._gate.judge(weights, self._serving, learner.config, learner.shared, learner.held_out())
-        learner.save(verdict.candidate_accept_len or 0.0)
         if not verdict.published:
+            self._rejection = verdict.reason
             tqdm.write(f"not published: {verdict.reason}")
             return
+        learner.save(verdict.candidate_accept_len or 0.0)
         if (reason := engine.publish(learner.version)) is not None:
             raise RuntimeError(f"the engine did not take the drafter: {reason}")
         self._serving = weights
@@ -207,10 +226,14 @@ class Warmup:
         segments: list[Segment] = []
         sampling = self._sampling(max_new_tokens)
         done = engine.run(prompts, sampling, seconds=seconds, on_segments=segments.extend)
+        if not done.responses:
+            raise RuntimeError(f"none of {done.begun} responses ended in the time that was left to measure with")
         samples = whole_samples(prompts, done.responses, segments)
         return Measured(
             accept_len=done.accept_len,
-            replayed=self._learner.accept_len(samples),
+            replayed=self._learner.accept_len(samples, self._serving),
+            prompts=len(prompts),
+            ended=len(done.responses),
             tokens=done.tokens,
             tokens_per_s=done.tokens / done.seconds,
         )
