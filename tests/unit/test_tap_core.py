@@ -177,9 +177,11 @@ def test_copies_that_never_come_are_dropped_and_counted(ring, monkeypatch):
 
 
 def test_a_request_that_is_gone_leaves_nothing_behind(ring):
-    """Aborted while it waited, for instance: the tap never hears that it ended."""
+    """Aborted while it waited, for instance: the tap never hears that it ended. What it had is written."""
     tap, request = tap_of(ring), Request()
     record(tap, request, 0, 5)
+    tap.write_all()
+    assert positions(ring[1].poll()) == list(range(5))
     gone = weakref.ref(request)
     del request
     gc.collect()
@@ -200,3 +202,20 @@ def test_nothing_is_copied_once_a_steps_budget_is_spent(ring, monkeypatch):
     assert tap.tokens == 16
     record(tap, late := Request("late", prompt_len=0), 0, 50)
     assert late.recorded is None and tap.dropped_tokens == 50
+
+
+def test_a_request_that_goes_on_behind_an_idle_moment_is_recorded_further(ring):
+    """A paused engine is idle, too."""
+    tap, request = tap_of(ring), Request(length=12)
+    record(tap, request, 0, 5)
+    tap.write_all()
+    record(tap, request, 3, 9, ended=True)
+    assert positions(ring[1].poll()) == list(range(12)) and tap.skipped_tokens == 2
+
+
+def test_staged_rows_are_bounded_in_requests(ring, monkeypatch):
+    monkeypatch.setattr("tlt_verl.engine.tap.MOST_OPEN", 3)
+    tap = tap_of(ring)
+    for i in range(5):
+        record(tap, Request(str(i)), 0, 2)
+    assert [s.request_id for s in ring[1].poll()] == ["0", "1"]

@@ -23,6 +23,9 @@ from tlt_verl.segments import Segment, SegmentWriter
 MOST_COPIES = 64
 """Copies to the host that may be under way; above it the oldest are dropped, and counted."""
 
+MOST_OPEN = 4096
+"""Requests whose rows may be staged; above it those of the oldest are written, for they may never be heard of again."""
+
 _LENGTHS = 512  # finished responses whose lengths say what is long
 
 
@@ -102,6 +105,7 @@ class Tap:
         self._writer, self._slot_tokens, self._stream = writer, slot_tokens, stream
         self._budget = max_tokens_per_step
         self._copies: deque[_Copy] = deque()
+        self._open: dict[RequestView, None] = {}  # that have staged rows, oldest first
         self._lengths: deque[int] = deque(maxlen=_LENGTHS)
         self._version, self._spent = -1, 0
         self.tokens = 0
@@ -143,7 +147,14 @@ class Tap:
             copy = self._copies.popleft()
             self.dropped_tokens += sum(stretch.count for stretch in copy.stretches)
             for view in copy.ended:
+                self._open.pop(view, None)
                 view.recorded = None
+
+    def write_all(self) -> None:
+        """Write what is staged, full slots or not: the engine is idle, and some of it may be aborted requests'."""
+        self.drain()
+        for view in list(self._open):
+            self._write_open(view)
 
     def metrics(self) -> dict[str, int]:
         """Counters since the start; `overwritten` is of segments, `dropped` and `skipped` (recomputed) of tokens."""
@@ -197,13 +208,23 @@ class Tap:
             recorded = self._recorded_for(stretch, copy.version)
             recorded.rows.append(rows)
             recorded.count += stretch.count
+            self._open[stretch.view] = None
             while recorded.count > self._slot_tokens:
                 self._flush(stretch.view, recorded, self._slot_tokens)
         for view in copy.ended:
+            self._open.pop(view, None)
             if view.recorded is not None:
                 self._flush(view, view.recorded, view.recorded.count, final=True)
                 self._lengths.append(view.length() - view.prompt_len)
                 view.recorded = None
+        while len(self._open) > MOST_OPEN:
+            self._write_open(next(iter(self._open)))
+
+    def _write_open(self, view: RequestView) -> None:
+        """Write a request's staged rows and let go of it; it is recorded further if it comes again."""
+        del self._open[view]
+        if view.recorded is not None:
+            self._flush(view, view.recorded, view.recorded.count)
 
     def _recorded_for(self, stretch: Stretch, version: int) -> Recorded:
         """Where a stretch is staged. What it does not continue, in position or in version, is written first."""

@@ -113,10 +113,10 @@ class TLTWorker(EAGLEWorkerV2):
         return answer
 
     def on_idle(self) -> None:
-        """Nothing is running: write what the last copies have brought."""
+        """Nothing is running: write what the tap has staged."""
         if self._tap is not None:
             with self._tap_guard():
-                self._tap.drain()
+                self._tap.write_all()
 
     def control(self, commands: dict[str, float], *, asleep: bool = False) -> bool:
         """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0.
@@ -145,7 +145,9 @@ class TLTWorker(EAGLEWorkerV2):
 
     def state(self) -> dict[str, Any]:
         """Versions and counters, for the engine's front."""
-        self.on_idle()
+        if self._tap is not None:
+            with self._tap_guard():
+                self._tap.drain()
         publications = self._publications
         return {
             "policy_version": self.policy_version,
