@@ -33,6 +33,9 @@ CYCLES = ((0.15, 0.20), (0.10, 0.20), (0.05, 0.22))
 """Shares of the time behind the engine's start: rollouts, then training, cycle by cycle. The rest is for measuring."""
 
 _LEAST_MEASURE_S = 15.0
+_LEAST_ACCEPT_LEN = 1.05
+"""What the first drafter must reach. Whether it pays is told by the measurements at the end."""
+
 _LEAST_S = 20.0  # behind the engine's start
 _BEFORE_PROMPTS, _BEFORE_TOKENS = 8, 24  # an untrained drafter is slow
 
@@ -80,7 +83,7 @@ class Warmup:
         self._start, self._start_path = load_checkpoint(path), path if found else None
         self._serving: dict[str, torch.Tensor] | None = self._start.weights if found else None
         strategy = options.parsed_strategy()
-        self._strategy, self._gate = strategy, Gate(strategy.num_steps)
+        self._strategy, self._gate = strategy, Gate(strategy.num_steps, least=_LEAST_ACCEPT_LEN)
         self._gate.keep_rejected(options.out / "rejected")
         self._next_prompt = 0
         self._rejection = "none was trained"
