@@ -19,15 +19,14 @@ import pytest
 import torch
 from engine_runner import CHAIN, TREE, job, run_engine, speculative
 from fitted_drafter import fit_drafter
-from random_weights import spread_weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from test_greedy_lossless import VOCAB, make_target
 
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.segments import find_rings
 
 pytestmark = pytest.mark.slow
 
-VOCAB, CHUNK, TIMEOUT_S = 256, 24, 600
+CHUNK, TIMEOUT_S = 24, 600
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SAMPLED = {"temperature": 1.0, "ignore_eos": True}
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
@@ -36,22 +35,7 @@ SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tap")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    spread_weights(model, 0.05)
-    model.save_pretrained(folder / "target")
+    model = make_target(folder / "target")
     fit_drafter(model, folder / "drafter")
     return model, folder
 
