@@ -37,7 +37,7 @@ def task(tmp_path_factory):
     return folder
 
 
-def run(task: Path, *overrides: str, timeout_s: int = 420) -> tuple[list[dict[str, float]], str]:
+def run(task: Path, *overrides: str, timeout_s: int = 440) -> tuple[list[dict[str, float]], str]:
     """Run the trainer; returns the steps' metrics and the whole output. A run that fails shows its end."""
     environment = {
         **os.environ,
