@@ -137,8 +137,8 @@ class _Step:
 
     requests: dict[str, _Request] = field(default_factory=dict)
     runs: list[_Run] = field(default_factory=list)
+    # by prompt id and position: the sequences that have begun there, and their tokens before it
     beginning: dict[tuple[int, int], list[tuple[_Run, int]]] = field(default_factory=dict)
-    """By prompt id and position: the sequences that have begun there, and their tokens before it."""
     begun: int = 0  # sequences, those that went included
 
 
@@ -314,10 +314,8 @@ class Buffer:
     @staticmethod
     def _prompt_of(step: _Step, segment: Segment, start: int) -> list[tuple[_Run, int]]:
         """A sibling that has the prompt up to `start`, from its beginning on, and how much of it that is."""
-        if not 0 < start <= segment.prompt_len:
-            return []
-        siblings = step.beginning.get((segment.prompt_id, 0), [])
-        return [(run, start) for run, before in siblings if not before and run.length >= start][:1]
+        begun = step.beginning.get((segment.prompt_id, 0), []) if 0 < start <= segment.prompt_len else []
+        return [(run, start) for run, before in begun if not before and run.length >= start][:1]
 
     def _check_width(self, segment: Segment) -> None:
         width = segment.hidden.shape[1]
