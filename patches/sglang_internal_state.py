@@ -1,8 +1,8 @@
 """SGLang's internal state, for commands to the drafter's owner and for its counters.
 
 `set_internal_state` takes numbers by name, reaches every tensor-parallel rank at the same point of its loop, and does
-not wait for the requests in flight, as weight updates do. Names with our prefix go to the scheduler's worker; `get`
-adds what the worker says under one key. The rest goes to the original.
+not wait for the requests in flight, as weight updates do. Names with a prefix go to the scheduler's worker; `get` adds
+what the worker says under one key. The rest goes to the original.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from typing import Any
 from tlt_verl.patches import hooks
 from tlt_verl.patches.seam import Seam, Target
 
-PREFIX = "tlt_"
-KEY = "tlt"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 
 
-def _set(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+def _set(prefix: str, original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
     named = recv_req.server_args
-    ours = {name.removeprefix(PREFIX): value for name, value in named.items() if name.startswith(PREFIX)}
+    ours = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     control = getattr(scheduler.draft_worker, "control", None)
     if not ours or control is None:
         return original(scheduler, recv_req)
@@ -31,17 +29,25 @@ def _set(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
     return SetInternalStateReqOutput(updated=control(ours, asleep=bool(scheduler.weight_updater.offload_tags)))
 
 
-def _get(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+def _get(key: str, original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
     output = original(scheduler, recv_req)
     state = getattr(scheduler.draft_worker, "state", None)
     if state is not None:
-        output.internal_state[KEY] = state()
+        output.internal_state[key] = state()
     return output
 
 
-def _install() -> None:
-    hooks.around(SEAM.name, f"{_SCHEDULER}.set_internal_state", _set)
-    hooks.around(SEAM.name, f"{_SCHEDULER}.get_internal_state", _get)
+def _install(prefix: str, key: str) -> None:
+    """Names with `prefix` are the worker's commands; its state stands under `key`."""
+
+    def set_state(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+        return _set(prefix, original, scheduler, recv_req)
+
+    def get_state(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+        return _get(key, original, scheduler, recv_req)
+
+    hooks.around(SEAM.name, f"{_SCHEDULER}.set_internal_state", set_state)
+    hooks.around(SEAM.name, f"{_SCHEDULER}.get_internal_state", get_state)
 
 
 SEAM = Seam(

@@ -27,7 +27,6 @@ from tlt_verl.warmup.prompts import read_prompts
 TIMES = "TLT_BENCH_TIMES"
 PLUGIN = """
 import os, time
-from collections import defaultdict
 
 def install():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -85,7 +84,6 @@ def bench(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[lis
         scratch / "versions" / "v1",
         strategy,
         publications=scratch / "versions",
-        name=f"bench-{os.getpid()}",
         max_running=8,
         device="cpu",
         dtype=options.dtype,

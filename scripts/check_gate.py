@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -73,7 +72,6 @@ def check(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[lis
         scratch / "v1",
         Strategy("eagle", options.steps, 1, options.steps + 1),
         publications=scratch,
-        name=f"gate-{os.getpid()}",
         max_running=8,
         device="cpu",
         dtype="float32",  # greedy text cannot differ by rounding

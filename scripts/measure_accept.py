@@ -8,7 +8,6 @@ One engine a strategy, plain decoding last. Accept length is tokens per verifica
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
@@ -55,7 +54,6 @@ def open_engine(options: argparse.Namespace, strategy: Strategy, publications: P
         options.drafter,
         strategy,
         publications=publications,
-        name=f"accept-{os.getpid()}",
         max_running=options.batch,
         device="cpu",
         dtype="bfloat16",

@@ -132,7 +132,7 @@ def sglang_plugin() -> None:
     """Register the algorithm TLT, the CPU attention backend and the hooks. The loader applies the hooks afterwards."""
     from sglang.srt.utils import is_cpu
 
-    from tlt_verl.engine import algorithm, fingerprint, verify
+    from tlt_verl.engine import algorithm, client, fingerprint, verify
     from tlt_verl.patches import (
         sglang_algorithm,
         sglang_batch_result,
@@ -148,7 +148,7 @@ def sglang_plugin() -> None:
     _install(sglang_spec_counters.SEAM)
     _install(sglang_weight_fingerprint.SEAM, fingerprint.fingerprints_of)
     _install(sglang_batch_result.SEAM)
-    _install(sglang_internal_state.SEAM)
+    _install(sglang_internal_state.SEAM, client.PREFIX, client.KEY)
     _install(sglang_algorithm.SEAM, algorithm.NAME, algorithm.TLTAlgorithm, validate_server_args, _worker_class)
 
 

@@ -9,13 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlt_verl.drafter.eagle import SHARED_TENSORS, DrafterError, check_target, read_config, tensor_shapes
 from tlt_verl.drafter.tensors import TensorFolder
 
 _CURE = "Give a drafter that was made for this target, or null to have one made."
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+
+class Problem(NamedTuple):
+    """Why tensors do not fit: one word for counters, and the rest of a sentence."""
+
+    kind: str
+    text: str
 
 
 def check_drafter(
@@ -40,8 +47,8 @@ def check_drafter(
     def refuse(problem: str, cure: str = _CURE) -> DrafterError:
         return DrafterError(f"{option}: got {str(folder)!r}, {problem}. {cure}")
 
-    if problem := _architecture_problem(config, family.architecture, target_config["architectures"][0]):
-        raise refuse(problem)
+    if unfit := _architecture_problem(config, family.architecture, target_config["architectures"][0]):
+        raise refuse(unfit)
     if lacking := [key for key in _SIZES if not isinstance(config.get(key), int)]:
         raise refuse(f"whose config.json has no {', '.join(lacking)}")
     for key in ("hidden_size", "vocab_size"):
@@ -56,7 +63,7 @@ def check_drafter(
     except (OSError, ValueError, KeyError) as error:
         raise refuse(f"whose weights cannot be read: {error}") from error
     if problem:
-        raise refuse(f"whose {problem}")
+        raise refuse(f"whose {problem.text}")
 
 
 def _architecture_problem(config: Mapping[str, Any], wanted: str, target: str) -> str | None:
@@ -70,8 +77,8 @@ def _architecture_problem(config: Mapping[str, Any], wanted: str, target: str) -
 
 def layout_problem(
     found: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], shared: Collection[str] = SHARED_TENSORS
-) -> str | None:
-    """The first few tensors that are missing, unknown or of the wrong shape, as the rest of a sentence; or None.
+) -> Problem | None:
+    """The first few tensors that are missing, unknown or of the wrong shape (the kinds); or None.
 
     Args:
         found: name and shape of every tensor that is there.
@@ -80,12 +87,12 @@ def layout_problem(
     """
     shapes = tensor_shapes(config)
     if missing := [name for name in shapes if name not in found]:
-        return f"weights lack {_listed(missing)}"
+        return Problem("missing", f"weights lack {_listed(missing)}")
     if unknown := [name for name in found if name not in shapes and name not in shared]:
-        return f"weights hold {_listed(unknown)}, which SGLang would drop"
+        return Problem("unknown", f"weights hold {_listed(unknown)}, which SGLang would drop")
     for name, shape in shapes.items():
         if found[name] != shape:
-            return f"{name} has the shape {found[name]}; its config.json asks for {shape}"
+            return Problem("shape", f"{name} has the shape {found[name]}; its config.json asks for {shape}")
     return None
 
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 import tlt_verl
-from tlt_verl.drafter.check import layout_problem
+from tlt_verl.drafter.check import Problem, layout_problem
 from tlt_verl.drafter.eagle import HOT_TOKENS, SHARED_TENSORS, DrafterError, read_config
 from tlt_verl.drafter.snapshot import HostCopy
 from tlt_verl.drafter.tensors import TensorFolder
@@ -182,7 +182,7 @@ class CheckpointWriter:
                 "latest checkpoint, or choose another folder."
             )
         if problem := layout_problem({name: tuple(t.shape) for name, t in weights.items()}, config, shared=()):
-            raise DrafterError(f"version {version} of the drafter cannot be saved: its {problem}.")
+            raise DrafterError(f"version {version} of the drafter cannot be saved: its {problem.text}.")
 
     def _start(self, snapshot: _Snapshot) -> None:
         with self._changed:
@@ -238,52 +238,67 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str | None:
-    """Why a set of tensors must not be published, as the rest of a sentence; None when nothing is wrong.
+    """Why a set of tensors must not be published, as the rest of a sentence; None when nothing is wrong."""
+    problem = weights_problem(weights, config)
+    return problem.text if problem else None
+
+
+def weights_problem(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Problem | None:
+    """What is wrong with a set of tensors that is to be published.
 
     Args:
         weights: on any device.
         config: the drafter's `config.json`.
 
     Returns:
-        The first problem: a tensor that is missing, unknown (embedding and head are) or of the wrong shape, or that
-        holds NaN or infinity.
+        The first problem: a tensor that is missing, unknown (embedding and head are) or of the wrong shape, that is no
+        floating-point one (`dtype`), or that holds NaN or infinity (`nan`).
     """
     if problem := layout_problem({name: tuple(t.shape) for name, t in weights.items()}, config, shared=()):
         return problem
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
-            return f"{name} has the dtype {tensor.dtype}, which is no floating-point type"
+            return Problem("dtype", f"{name} has the dtype {tensor.dtype}, which is no floating-point type")
         if not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-            return f"{name} holds {kind} in {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} places"
+            places = f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} places"
+            return Problem("nan", f"{name} holds {kind} in {places}")
     return None
 
 
-def save_hot_tokens(path: Path, tokens: list[int]) -> None:
-    """Write what SGLang's `load_token_map` reads: a plain list."""
-    torch.save(tokens, path)
-
-
 def write_drafter(
-    folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], hot: torch.Tensor | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    hot: torch.Tensor | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a drafter into an existing folder as SGLang reads it: config, weights, and the token map of a hot head.
 
     Args:
         weights: on any device.
         hot: int64 [hot_vocab_size].
+        metadata: more of it for the header of the weights.
     """
     tokens = None if hot is None else hot.tolist()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    _write_serving(folder, _json({k: v for k, v in config.items() if k != "hot_vocab_size"}, tokens), tensors, tokens)
+    text = _json({key: value for key, value in config.items() if key != "hot_vocab_size"}, tokens)
+    _write_serving(folder, text, tensors, tokens, metadata)
 
 
-def _write_serving(folder: Path, config: str, weights: dict[str, torch.Tensor], hot: list[int] | None) -> None:
+def _write_serving(
+    folder: Path,
+    config: str,
+    weights: dict[str, torch.Tensor],
+    hot: list[int] | None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     (folder / CONFIG).write_text(config, encoding="utf-8")
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "tlt_verl.version": tlt_verl.__version__})
+    header = {"format": "pt", "tlt_verl.version": tlt_verl.__version__, **(metadata or {})}
+    save_file(weights, folder / WEIGHTS, metadata=header)
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors hides it from other users
     if hot is not None:
-        save_hot_tokens(folder / HOT_TOKENS, hot)
+        torch.save(hot, folder / HOT_TOKENS)  # a plain list, as SGLang's `load_token_map` reads it
 
 
 def _write_files(snapshot: _Snapshot, scratch: Path) -> None:
@@ -323,7 +338,7 @@ def _read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Te
         raise DrafterError(f"{folder / CONFIG} has no {error}, which a drafter needs.") from None
     except (OSError, ValueError) as error:
         raise DrafterError(f"the weights in {folder} cannot be read: {error}") from error
-    raise DrafterError(f"{folder} is not a drafter: its {problem}.")
+    raise DrafterError(f"{folder} is not a drafter: its {problem.text}.")
 
 
 def _read_info(path: Path) -> dict[str, Any]:

@@ -5,24 +5,21 @@ Knows the folder's files; neither the trainer nor sglang. What is only of use fo
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tlt_verl.drafter.check import check_drafter
-from tlt_verl.drafter.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, save_hot_tokens
+from tlt_verl.drafter.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, write_drafter
 from tlt_verl.drafter.eagle import HOT_TOKENS, DrafterError, read_config
 from tlt_verl.drafter.from_target import TARGET_OPTION
 from tlt_verl.drafter.tensors import TensorFolder
-from tlt_verl.drafter.versions import sync
+from tlt_verl.drafter.versions import replaced, sync
 
 _EXPORTED = "tlt_verl.exported_version"  # key in the safetensors header; a folder without it is not overwritten
 _EMBEDDING = "embed_tokens.weight"
@@ -71,15 +68,14 @@ def export_drafter(
     _check_replaceable(out)
     embedding = _embedding(target, target_config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        new.mkdir()
-        _write(new, drafter, embedding, readme(drafter, target, out))
+    with replaced(out) as new:
+        weights = drafter.weights | {_EMBEDDING: embedding}
+        write_drafter(new, drafter.config, weights, drafter.hot, {_EXPORTED: str(drafter.version)})
+        (new / "README.md").write_text(readme(drafter, target, out), encoding="utf-8")
+        for path in [*new.iterdir(), new]:
+            sync(path)
         check_drafter(new, target_config, "export")
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        sync(out.parent)
+    sync(out.parent)
     return out
 
 
@@ -122,18 +118,6 @@ def _embedding(folder: Path, config: Mapping[str, Any]) -> torch.Tensor:
     except (OSError, ValueError, KeyError) as error:
         problem = f"whose weights cannot be read: {error}"
     raise DrafterError(f"{TARGET_OPTION}: got {str(folder)!r}, {problem}. Give the complete model.")
-
-
-def _write(folder: Path, drafter: Checkpoint, embedding: torch.Tensor, text: str) -> None:
-    (folder / CONFIG).write_text(json.dumps(drafter.config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    tensors = drafter.weights | {_EMBEDDING: embedding}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _EXPORTED: str(drafter.version)})
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors hides it from other users
-    if drafter.hot is not None:
-        save_hot_tokens(folder / HOT_TOKENS, drafter.hot.tolist())
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
 
 
 def _check_replaceable(out: Path) -> None:

@@ -44,7 +44,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,7 @@ from tlt_verl.drafter.eagle import (
     tensor_shapes,
 )
 from tlt_verl.drafter.tensors import TensorFolder
+from tlt_verl.drafter.versions import replaced
 
 TARGET_OPTION = "actor_rollout_ref.model.path"
 BRANCH_SHARE = 0.5
@@ -258,13 +258,8 @@ def _made_from(folder: Path) -> str | None:
 
 
 def _write(out_dir: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], fingerprint: str) -> None:
-    """Write the folder beside its place, then rename it; an older drafter is renamed out of the way."""
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        new.mkdir()
+    """Write the folder; an older drafter stays until the new one is whole."""
+    with replaced(out_dir) as new:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, new / _WEIGHTS, metadata={"format": "pt", _FINGERPRINT: fingerprint})
         (new / _WEIGHTS).chmod((new / "config.json").stat().st_mode)  # safetensors hides it from other users
-        if out_dir.exists():
-            out_dir.rename(old)
-        new.rename(out_dir)

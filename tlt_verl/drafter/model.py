@@ -66,8 +66,8 @@ class EagleDrafter(nn.Module):
             DrafterError: see the class; or a file or tensor is missing, unreadable or of another shape.
         """
         folder = Path(path)
-        drafter = cls(read_config(folder, option))
-        own = drafter.state_dict()
+        config = read_config(folder, option)
+        own = cls(config).state_dict()
         try:
             tensors = TensorFolder(folder)
             if missing := [name for name in own if name not in tensors]:
@@ -79,8 +79,22 @@ class EagleDrafter(nn.Module):
             if tensor.shape != own[name].shape:
                 asked = f"its config.json asks for {tuple(own[name].shape)}"
                 raise DrafterError(f"{option}: got {str(folder)!r}, whose {name} is {tuple(tensor.shape)}; {asked}.")
-        drafter.load_state_dict(loaded)
-        return drafter
+        return cls.from_weights(config, loaded)
+
+    @classmethod
+    def from_weights(cls, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> EagleDrafter:
+        """The drafter with copies of these tensors, in float32, on their device.
+
+        Args:
+            weights: every tensor of `eagle.tensor_shapes(config)`, in any float dtype.
+
+        Raises:
+            DrafterError: see the class.
+            RuntimeError: a tensor is missing, unknown or of another shape.
+        """
+        drafter = cls(config)
+        drafter.load_state_dict(weights)
+        return drafter.to(next(iter(weights.values())).device)
 
     def forward(self, embeddings: torch.Tensor, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """The predicted next features of packed sequences, none of which sees another.

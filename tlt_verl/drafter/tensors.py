@@ -51,16 +51,16 @@ class TensorFolder:
             return file.get_tensor(name)
 
 
-def embed_and_head(folder: Path, config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A target's embedding and head, [V, H] each, in its own dtype, on the CPU; the same tensor where they are tied.
+def embed_and_head(folder: Path, config: Mapping[str, Any], device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """A target's embedding and head, [V, H] each, in its own dtype, on the device; one tensor where they are tied.
 
     Raises:
         FileNotFoundError, ValueError, KeyError: the folder has no such tensors.
     """
     tensors = TensorFolder(folder)
-    embed = tensors.load("model.embed_tokens.weight")
+    embed = tensors.load("model.embed_tokens.weight").to(device)
     tied = config.get("tie_word_embeddings") or "lm_head.weight" not in tensors
-    return embed, embed if tied else tensors.load("lm_head.weight")
+    return embed, embed if tied else tensors.load("lm_head.weight").to(device)
 
 
 def _files(folder: Path) -> list[Path]:

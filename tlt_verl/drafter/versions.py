@@ -10,11 +10,13 @@ Knows names, renames and flushes; not what is in a version.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tlt_verl.drafter.eagle import DrafterError
@@ -86,6 +88,21 @@ def add_version(folder: Path, version: int, write: Callable[[Path], None], keep:
     _point_latest(folder, f"v{version}")
     for old in sorted(_versions(folder))[:-keep]:
         _remove(folder, f"v{old}")
+
+
+@contextlib.contextmanager
+def replaced(out: Path) -> Iterator[Path]:
+    """A new folder to write, beside `out`, whose place it takes when the block ends; an older one stays until then.
+
+    Nothing is flushed to the disk here. An error in the block leaves `out` as it was.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        yield new
+        if out.exists():
+            out.rename(Path(scratch, "old"))
+        new.rename(out)
 
 
 def sync(path: Path) -> None:

@@ -11,8 +11,12 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import SetInternalStateReq
 
-_PREFIX = "tlt_"
-_KEY = "tlt"
+PREFIX = "tlt_"
+"""Of the names of commands among SGLang's internal state."""
+
+KEY = "tlt"
+"""Of the worker's state in SGLang's."""
+
 _POLL_S = 0.01
 
 
@@ -23,14 +27,14 @@ async def state(tokenizer_manager: Any) -> dict[str, Any]:
         RuntimeError: the engine's algorithm is not TLT.
     """
     internal = (await tokenizer_manager.get_internal_state())[0]
-    if _KEY not in internal:
+    if KEY not in internal:
         raise RuntimeError("this engine does not run the algorithm TLT: set speculative_algorithm to TLT")
-    return internal[_KEY]
+    return internal[KEY]
 
 
 async def command(tokenizer_manager: Any, **commands: float) -> bool:
     """Carry out commands of `TLTWorker.control` on every scheduler; whether all of them did."""
-    request = SetInternalStateReq(server_args={_PREFIX + name: value for name, value in commands.items()})
+    request = SetInternalStateReq(server_args={PREFIX + name: value for name, value in commands.items()})
     return all(await tokenizer_manager.set_internal_state(request))
 
 

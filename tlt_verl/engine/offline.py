@@ -7,18 +7,21 @@ interface; knows neither texts nor training.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tlt_verl.config import Strategy
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.segments import Segment, SegmentReader, find_rings
 
 _POLL_S = 0.1
+_number = itertools.count()  # of the engines of this process
+_T = TypeVar("_T")
 _CPU = {
     "device": "cpu",
     "disable_overlap_schedule": True,
@@ -73,7 +76,6 @@ class OfflineEngine:
         drafter: folder of a drafter; None makes one from the target, which is not drafted with.
         strategy: what is drafted.
         publications: folder of drafters `v<version>`.
-        name: of the ring of segments.
         max_running: requests at a time.
         options: more arguments of `sglang.Engine`.
     """
@@ -85,18 +87,17 @@ class OfflineEngine:
         strategy: Strategy,
         *,
         publications: Path,
-        name: str,
         max_running: int,
-        draft_untrained: bool = False,
         **options: Any,
     ) -> None:
         on_cpu = options.get("device") == "cpu"
         if on_cpu:
             os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # before SGLang is imported
-        EngineOptions(
-            tap=name, tap_tokens_per_step=1 << 40, publications=str(publications), draft_untrained=draft_untrained
-        ).export()
+        name = f"offline-{os.getpid()}-{next(_number)}"
+        EngineOptions(tap=name, tap_tokens_per_step=1 << 40, publications=str(publications)).export()
         import sglang
+
+        from tlt_verl.engine import client
 
         self._engine = sglang.Engine(
             **{
@@ -114,7 +115,7 @@ class OfflineEngine:
                 **options,
             }
         )
-        self._max_running = max_running
+        self._client, self._max_running = client, max_running
         self._readers = [SegmentReader(ring) for ring in find_rings(f"{name}-")]
         if not self._readers:
             self.close()
@@ -140,21 +141,17 @@ class OfflineEngine:
             publish: versions of the drafter to publish meanwhile, one after the other.
             on_segments: gets what the tap recorded, while it goes on.
         """
-        return self._engine.loop.run_until_complete(
+        return self._wait(
             self._run(prompts, sampling, seconds, at_once or self._max_running, publish, on_segments, on_progress)
         )
 
     def publish(self, version: int) -> str | None:
         """Let the drafter `v<version>` serve; None, or why it was rejected."""
-        from tlt_verl.engine import client
-
-        return self._engine.loop.run_until_complete(client.publish(self._engine.tokenizer_manager, version))
+        return self._wait(self._client.publish(self._engine.tokenizer_manager, version))
 
     def state(self) -> dict[str, Any]:
         """The worker's state: versions, counters of the tap and of publications."""
-        from tlt_verl.engine import client
-
-        return self._engine.loop.run_until_complete(client.state(self._engine.tokenizer_manager))
+        return self._wait(self._client.state(self._engine.tokenizer_manager))
 
     def command(self, **commands: float) -> None:
         """Commands of `TLTWorker.control`.
@@ -162,9 +159,7 @@ class OfflineEngine:
         Raises:
             RuntimeError: one was refused.
         """
-        from tlt_verl.engine import client
-
-        if not self._engine.loop.run_until_complete(client.command(self._engine.tokenizer_manager, **commands)):
+        if not self._wait(self._client.command(self._engine.tokenizer_manager, **commands)):
             raise RuntimeError(f"the engine refused {commands}")
 
     def lost_segments(self) -> int:
@@ -182,6 +177,10 @@ class OfflineEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run the engine's loop until this is done."""
+        return self._engine.loop.run_until_complete(work)
 
     async def _run(
         self,
@@ -218,9 +217,8 @@ class OfflineEngine:
             for task in tasks:
                 task.cancel()
         rollouts.seconds = time.monotonic() - begin
-        from tlt_verl.engine import client
-
-        await client.state(self._engine.tokenizer_manager)  # the scheduler writes what it still has of them
+        # It answers behind the results that it has processed: what they gave the tap is in the ring.
+        await self._client.state(self._engine.tokenizer_manager)
         self._pump(on_segments)
         return rollouts
 
@@ -229,15 +227,13 @@ class OfflineEngine:
 
     async def _publish(self, versions: Sequence[int], rollouts: Rollouts, in_flight: int) -> None:
         """Publish one after the other for as long as requests are in flight."""
-        from tlt_verl.engine import client
-
         for version in versions:
             if len(rollouts.responses) == in_flight:
                 return
-            if (reason := await client.publish(self._engine.tokenizer_manager, version)) is not None:
+            if (reason := await self._client.publish(self._engine.tokenizer_manager, version)) is not None:
                 rollouts.rejections.append(reason)
                 continue
-            state = await client.state(self._engine.tokenizer_manager)
+            state = await self._client.state(self._engine.tokenizer_manager)
             rollouts.pauses_ms.append(state["drafter"]["pause_ms"])
 
     def _pump(self, on_segments: Callable[[list[Segment]], None]) -> None:

@@ -27,7 +27,7 @@ from tlt_verl.engine.drafting import Drafting
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.engine.publication import Publications, PublishGap
 from tlt_verl.engine.tap import Tap
-from tlt_verl.segments import SegmentWriter
+from tlt_verl.segments import SegmentWriter, ring_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class TLTWorker(EAGLEWorkerV2):
     def _open_tap(self) -> Tap | None:
         """The tap into this scheduler's ring; None, said in the log, where the ring cannot be made."""
         width = self.target_worker.model_config.hidden_size
-        slot_bytes = SLOT_TOKENS * (2 * width + 6)
+        slot_bytes = ring_bytes(width, 2, SLOT_TOKENS) - ring_bytes(width, 1, SLOT_TOKENS)
         try:
             writer = SegmentWriter(
                 f"{self.options.tap}-{os.getpid()}",

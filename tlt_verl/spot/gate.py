@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from tlt_verl.drafter.checkpoint import check_weights, write_drafter
-from tlt_verl.drafter.eagle import tensor_shapes
+from tlt_verl.drafter.checkpoint import weights_problem, write_drafter
 from tlt_verl.drafter.model import EagleDrafter
 from tlt_verl.drafter.packing import Sample
 from tlt_verl.drafter.replay import replay
@@ -139,8 +138,8 @@ class Gate:
         shared: SharedTensors,
         samples: Sequence[Sample],
     ) -> Verdict:
-        if problem := check_weights(candidate_weights, config):
-            return Verdict(False, f"the candidate's {problem}", _kind(candidate_weights, config))
+        if problem := weights_problem(candidate_weights, config):
+            return Verdict(False, f"the candidate's {problem.text}", problem.kind)
         candidate = self._replay(candidate_weights, config, shared, samples)
         if candidate.verifications == 0:
             return Verdict(False, f"none of the {len(samples)} held-out samples has a token to draft", "no_data")
@@ -165,21 +164,8 @@ class Gate:
         shared: SharedTensors,
         samples: Sequence[Sample],
     ) -> Any:
-        drafter = EagleDrafter(config).to(shared.embed.device).eval()
-        drafter.load_state_dict(dict(weights))
+        drafter = EagleDrafter.from_weights(config, weights).to(shared.embed.device)
         return replay(drafter, shared, samples, self.num_steps, dtype=self.dtype)
-
-
-def _kind(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str:
-    """The kind, of `KINDS`, of what `check_weights` has found."""
-    shapes = tensor_shapes(config)
-    if any(name not in weights for name in shapes):
-        return "missing"
-    if any(name not in shapes for name in weights):
-        return "unknown"
-    if any(tuple(weights[name].shape) != shape for name, shape in shapes.items()):
-        return "shape"
-    return "nan" if all(tensor.is_floating_point() for tensor in weights.values()) else "dtype"
 
 
 def _keep(

@@ -83,9 +83,9 @@ class Learner:
         self.config = drafter_config(target_config)
         self.num_steps, self._pack_tokens, self._planned_s = num_steps, pack_tokens, planned_s
         self._dtype = getattr(torch, dtype)
-        embed, head = (tensor.to(device) for tensor in embed_and_head(target, target_config))
+        embed, head = embed_and_head(target, target_config, device)
         self._trainer = DrafterTrainer(
-            _drafter(start.config, start.weights),
+            EagleDrafter.from_weights(start.config, start.weights),
             SharedTensors(embed, head, start.hot),
             TrainerSettings(lr=lr),
             device,
@@ -138,8 +138,6 @@ class Learner:
             if not samples:
                 raise RuntimeError("nothing to train on: no rollout of a prompt that is not held out")
             for pack in fill(samples, self._pack_tokens, self._order):
-                if not any(sample.rows and sample.first_wanted < sample.rows for sample in pack):
-                    continue
                 report = self._trainer.step(pack, max(_LOWEST_LR, 1 - self._this_run_s / self._planned_s))
                 self.tokens += report.tokens
                 self.trained_s += report.seconds
@@ -156,7 +154,7 @@ class Learner:
 
     def accept_len(self, samples: list[Sample], weights: Mapping[str, torch.Tensor] | None = None) -> float:
         """Replayed accept length of a drafter: the trainer's, or that of `weights`."""
-        drafter = self._trainer.drafter if weights is None else _drafter(self.config, weights)
+        drafter = self._trainer.drafter if weights is None else EagleDrafter.from_weights(self.config, weights)
         return replay(drafter, self.shared, samples, self.num_steps).accept_len
 
     def held_out(self) -> list[Sample]:
@@ -173,8 +171,8 @@ class Learner:
         """The drafter's tensors in the dtype in which they serve."""
         return self._trainer.weights(self._dtype)
 
-    def save(self, accept_len: float) -> Path:
-        """Write a checkpoint of the next version; returns its folder when it is on the disk."""
+    def save(self, accept_len: float) -> None:
+        """Write a checkpoint of the next version; returns when it is on the disk."""
         self.version += 1
         self._writer.save(
             self.config,
@@ -185,7 +183,6 @@ class Learner:
             hot=self.hot,
         )
         self._writer.wait(120)
-        return Path(self._writer.folder) / f"v{self.version}"
 
     def close(self) -> None:
         """End the thread that writes."""
@@ -221,9 +218,3 @@ class _Curve:
     def _write(self, mode: str, row: list[str]) -> None:
         with self._path.open(mode, newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
-
-
-def _drafter(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> EagleDrafter:
-    drafter = EagleDrafter(config)
-    drafter.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return drafter.to(next(iter(weights.values())).device)

@@ -8,7 +8,6 @@ otherwise; the same responses are replayed, to compare what the trainer computes
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -156,7 +155,6 @@ class Warmup:
             self._start_path,
             self._strategy,
             publications=options.out,
-            name=f"warmup-{os.getpid()}",
             max_running=options.batch,
             device=options.device,
             dtype=options.dtype,
