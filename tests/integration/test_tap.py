@@ -96,8 +96,21 @@ def requests(recorded):
     asked, answers, segments = recorded
     for one, answer in zip(asked, answers, strict=True):
         for i, prompt in enumerate(one["prompts"]):
-            found = segments[answer["request_ids"][i]]
-            yield prompt, answer["output_ids"][i], answer["logprobs"][i], found, answer["cached_tokens"][i]
+            found, response = segments[answer["request_ids"][i]], answer["output_ids"][i]
+            if answer["finish"][i] == "abort":
+                response = accepted(prompt, response, found)
+            yield prompt, response, answer["logprobs"][i], found, answer["cached_tokens"][i]
+
+
+def accepted(prompt: list[int], answered: list[int], segments: list[dict]) -> list[int]:
+    """The response of an aborted request: what was answered, and what the engine had accepted behind that.
+
+    SGLang answers a request that is aborted while it waits, after a retraction, with what it had sent before. The rest
+    is known from the tap alone; whether it is what the target has there, the hidden states say.
+    """
+    recorded = {s["start"] + i: token for s in segments for i, token in enumerate(s["tokens"].tolist())}
+    behind = range(len(prompt) + len(answered), max(recorded, default=0) + 1)
+    return answered + [recorded[position] for position in behind]
 
 
 def test_what_should_have_happened_did(recorded):
