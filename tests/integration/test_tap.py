@@ -27,6 +27,7 @@ from tlt_verl.segments import find_rings
 pytestmark = pytest.mark.slow
 
 CHUNK, TIMEOUT_S = 24, 600
+ABORTS_S = (0.05, 0.12, 0.2, 0.3)  # some requests are running then, others wait after a retraction
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SAMPLED = {"temperature": 1.0, "ignore_eos": True}
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
@@ -58,7 +59,8 @@ def jobs() -> list[dict]:
         batch(SAMPLED, 16, 24, commands={"drafting": 0}, logprobs=True),
         batch(SAMPLED, 24, 32, commands={"drafting": 1}),
         job(prompts[:8], stopping, logprobs=True),
-        job(prompts[8:16], [{**SAMPLED, "max_new_tokens": 420}] * 8, abort_after_s=0.3),
+        *[job(prompts[8:16], [{**SAMPLED, "max_new_tokens": 420}] * 8, abort_after_s=s) for s in ABORTS_S],
+        batch(GREEDY, 0, 8),  # behind it, what was aborted is in the ring
     ]
 
 
@@ -97,9 +99,10 @@ def requests(recorded):
     for one, answer in zip(asked, answers, strict=True):
         for i, prompt in enumerate(one["prompts"]):
             found, response = segments[answer["request_ids"][i]], answer["output_ids"][i]
-            if answer["finish"][i] == "abort":
-                response = accepted(prompt, response, found)
-            yield prompt, response, answer["logprobs"][i], found, answer["cached_tokens"][i]
+            cached = answer["cached_tokens"][i]
+            if answer["finish"][i] == "abort":  # whose answer may lack tokens, and says nothing of the cache
+                response, cached = accepted(prompt, response, found), len(prompt)
+            yield prompt, response, answer["logprobs"][i], found, cached
 
 
 def accepted(prompt: list[int], answered: list[int], segments: list[dict]) -> list[int]:
@@ -121,7 +124,7 @@ def test_what_should_have_happened_did(recorded):
     assert sum(answers[4]["spec_verify_ct"]) > 0
     assert sum(answers[0]["spec_num_correct_drafts"]) > 0.2 * sum(answers[0]["spec_verify_ct"])
     assert "stop" in answers[5]["finish"]
-    assert "abort" in answers[6]["finish"]
+    assert "abort" in [finish for answer in answers[6:-1] for finish in answer["finish"]]
     state = answers[-1]["state"][0]
     assert state["tap"]["failures"] == 0 and state["tap"]["dropped"] == 0
     assert state["tap"]["skipped"] > 100, "nothing was computed again: no retraction happened"
@@ -141,8 +144,8 @@ def test_every_kept_token_is_recorded_once_under_its_position(recorded):
         # the last token is never read by a forward pass, unless it was accepted before the end was known
         assert set(range(len(prompt), len(tokens) - 1)) <= set(positions) <= set(range(len(tokens)))
         assert positions == sorted(positions)
-        assert positions[0] <= cached
-        whole += positions[0] == 0
+        assert positions[:1] <= [cached], "a position that was computed is missing"
+        whole += positions[:1] == [0]
         kept += len(response)
     assert kept >= 1000 and whole >= 4, "prompts are recorded too, but for what came from the prefix cache"
 
