@@ -383,18 +383,3 @@ def test_a_hot_vocabulary_has_the_frequent_tokens_and_those_that_are_always_in()
     assert hot_vocabulary(counts, 8).tolist() == list(range(8))
     assert hot_vocabulary(torch.zeros(8, dtype=torch.int64), 2, always=[7]).tolist() == [0, 7]
     assert counts.tolist() == [0, 7, 0, 3, 9, 3, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("size", "always", "said"),
-    [
-        (9, (), "got 9; takes 1 .* to 8"),
-        (0, (), "got 0; takes 1"),
-        (1, (1, 2), "got 1; takes 2 "),
-        (3, (8,), "got token 8; takes ids from 0 to 7"),
-        (3, (-1,), "got token -1"),
-    ],
-)
-def test_a_hot_vocabulary_that_cannot_be(size, always, said):
-    with pytest.raises(ValueError, match=said):
-        hot_vocabulary(torch.zeros(8, dtype=torch.int64), size, always)
