@@ -232,6 +232,15 @@ def test_what_a_killed_writer_left_is_swept_and_latest_is_put_right(folder, conf
     assert load_checkpoint(folder / "latest").version == 2
 
 
+def test_a_version_that_a_killed_writer_had_no_time_to_remove_is_removed(folder, config, weights):
+    with CheckpointWriter(folder, keep=3) as writer:
+        for version in (1, 2, 3):
+            writer.save(config, weights, None, version=version)
+            writer.wait(20)
+    CheckpointWriter(folder, keep=2).close()
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "v2", "v3"]
+
+
 def test_one_writer_at_a_time(folder):
     with CheckpointWriter(folder), pytest.raises(DrafterError, match="has a checkpoint writer already"):
         CheckpointWriter(folder)

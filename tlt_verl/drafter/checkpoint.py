@@ -93,7 +93,7 @@ class CheckpointWriter:
         self._keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = lock(self.folder)
-        sweep(self.folder)
+        sweep(self.folder, keep)
         self._newest = newest_version(self.folder)
         self._changed = threading.Condition()
         self._spare = [HostCopy(), HostCopy()]

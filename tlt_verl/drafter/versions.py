@@ -53,8 +53,14 @@ def lock(folder: Path) -> int:
     return fd
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed writer left, and let `latest` name the newest version. Only for who has the lock."""
+def sweep(folder: Path, keep: int) -> None:
+    """Remove what a killed writer left, and let `latest` name the newest version. Only for who has the lock.
+
+    Args:
+        folder: of the versions.
+        keep: how many stay, at least 1. A writer killed between a version's name and the removal of the oldest leaves
+            one more.
+    """
     for path in folder.glob(f"{UNFINISHED}*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -63,6 +69,7 @@ def sweep(folder: Path) -> None:
     newest = latest(folder)
     if newest is not None and (folder / LATEST).resolve() != newest.resolve():
         _point_latest(folder, newest.name)
+    _remove_all_but(folder, keep)
 
 
 def add_version(folder: Path, version: int, write: Callable[[Path], None], keep: int) -> None:
@@ -86,8 +93,7 @@ def add_version(folder: Path, version: int, write: Callable[[Path], None], keep:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     _point_latest(folder, f"v{version}")
-    for old in sorted(_versions(folder))[:-keep]:
-        _remove(folder, f"v{old}")
+    _remove_all_but(folder, keep)
 
 
 @contextlib.contextmanager
@@ -128,6 +134,11 @@ def _point_latest(folder: Path, name: str) -> None:
     link.symlink_to(name)
     link.replace(folder / LATEST)
     sync(folder)
+
+
+def _remove_all_but(folder: Path, keep: int) -> None:
+    for old in sorted(_versions(folder))[:-keep]:
+        _remove(folder, f"v{old}")
 
 
 def _remove(folder: Path, name: str) -> None:
