@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from tlt_verl.drafter.buffer import Buffer, hot_vocabulary
+from tlt_verl.drafter.buffer import Buffer
 from tlt_verl.segments import Segment
 
 W = 4
@@ -371,15 +371,3 @@ def test_another_width_is_refused():
 def test_an_argument_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"^{option}: got {value}; takes "):
         Buffer(**{"max_bytes": 1, option: value})
-
-
-def test_a_hot_vocabulary_has_the_frequent_tokens_and_those_that_are_always_in():
-    counts = torch.tensor([0, 7, 0, 3, 9, 3, 0, 1])
-    hot = hot_vocabulary(counts, 4)
-    assert hot.dtype == torch.int64 and hot.tolist() == [1, 3, 4, 5]
-    assert hot_vocabulary(counts, 3).tolist() == [1, 3, 4]  # of equal counts the lowest id
-    assert hot_vocabulary(counts, 4, always=[6, 2, 6]).tolist() == [1, 2, 4, 6]
-    assert hot_vocabulary(counts, 7).tolist() == [0, 1, 2, 3, 4, 5, 7]  # filled up with the lowest ids
-    assert hot_vocabulary(counts, 8).tolist() == list(range(8))
-    assert hot_vocabulary(torch.zeros(8, dtype=torch.int64), 2, always=[7]).tolist() == [0, 7]
-    assert counts.tolist() == [0, 7, 0, 3, 9, 3, 0, 1]

@@ -369,31 +369,3 @@ class Buffer:
             if id(request.run) in gone:
                 request.run = None
         return len(doomed)
-
-
-def hot_vocabulary(counts: torch.Tensor, size: int, always: Sequence[int] = ()) -> torch.Tensor:
-    """The tokens that a drafter with a reduced head can propose.
-
-    Args:
-        counts: how often each token occurs, int64 [V].
-        size: how many tokens to choose.
-        always: ids that are in whatever their counts: the end of a sequence, of a turn.
-
-    Returns:
-        int64 [size], ascending: `always`, then the most frequent; of equal ones, also of those that never occur, the
-        lowest ids.
-
-    Raises:
-        ValueError: `size` is not between the number of `always` and V, or an id of `always` is not below V.
-    """
-    V = len(counts)
-    if not max(1, len(set(always))) <= size <= V:
-        raise ValueError(
-            f"drafter.hot_vocab: got {size}; takes {max(1, len(set(always)))} (the tokens that are always in) to {V}, "
-            "the vocabulary's size."
-        )
-    if wrong := sorted(token for token in set(always) if not 0 <= token < V):
-        raise ValueError(f"always: got token {wrong[0]}; takes ids from 0 to {V - 1}, the vocabulary's.")
-    ranked = counts.clone()
-    ranked[torch.tensor(sorted(set(always)), dtype=torch.int64)] = torch.iinfo(torch.int64).max
-    return ranked.sort(descending=True, stable=True).indices[:size].sort().values

@@ -11,10 +11,10 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -121,7 +121,26 @@ class Gate:
             RuntimeError: the serving weights do not fit `config`: such weights cannot be serving.
             OSError: a rejected candidate could not be kept.
         """
-        verdict = self._decide(candidate_weights, serving_weights, config, shared, samples)
+        judging = self.judging(candidate_weights, serving_weights, config, shared, samples)
+        while True:
+            try:
+                next(judging)
+            except StopIteration as end:
+                return end.value
+
+    def judging(
+        self,
+        candidate_weights: Mapping[str, torch.Tensor],
+        serving_weights: Mapping[str, torch.Tensor] | None,
+        config: Mapping[str, Any],
+        shared: SharedTensors,
+        samples: Sequence[Sample],
+    ) -> Generator[None, None, Verdict]:
+        """As `judge`, in steps that each replay one sample: one who has to yield goes on later, or closes it.
+
+        Nothing is counted before the verdict, which the generator returns.
+        """
+        verdict = yield from self._decide(candidate_weights, serving_weights, config, shared, samples)
         if verdict.published:
             self.published += 1
             return verdict
@@ -137,16 +156,16 @@ class Gate:
         config: Mapping[str, Any],
         shared: SharedTensors,
         samples: Sequence[Sample],
-    ) -> Verdict:
+    ) -> Generator[None, None, Verdict]:
         if problem := weights_problem(candidate_weights, config):
             return Verdict(False, f"the candidate's {problem.text}", problem.kind)
-        candidate = self._replay(candidate_weights, config, shared, samples)
+        candidate = yield from self._replay(candidate_weights, config, shared, samples)
         if candidate.verifications == 0:
             return Verdict(False, f"none of the {len(samples)} held-out samples has a token to draft", "no_data")
         if serving_weights is None:
             bar, serving_len, what = self.least, None, "the least that pays"
         else:
-            serving_len = self._replay(serving_weights, config, shared, samples).accept_len
+            serving_len = (yield from self._replay(serving_weights, config, shared, samples)).accept_len
             bar, what = serving_len + self.margin, "the serving drafter's"
             what += f" and a margin of {self.margin:g}" if self.margin else ""
         published = candidate.accept_len >= bar
@@ -163,9 +182,25 @@ class Gate:
         config: Mapping[str, Any],
         shared: SharedTensors,
         samples: Sequence[Sample],
-    ) -> Any:
+    ) -> Generator[None, None, _Sums]:
         drafter = EagleDrafter.from_weights(config, weights).to(shared.embed.device)
-        return replay(drafter, shared, samples, self.num_steps, dtype=self.dtype)
+        sums = _Sums(0, 0)
+        for sample in samples:
+            part = replay(drafter, shared, [sample], self.num_steps, dtype=self.dtype)
+            sums = _Sums(sums.tokens + part.tokens, sums.verifications + part.verifications)
+            yield
+        return sums
+
+
+class _Sums(NamedTuple):
+    """What a drafter did on the samples."""
+
+    tokens: int
+    verifications: int
+
+    @property
+    def accept_len(self) -> float:
+        return self.tokens / self.verifications if self.verifications else float("nan")
 
 
 def _keep(

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from tlt_verl.drafter.buffer import Buffer, hot_vocabulary
+from tlt_verl.drafter.buffer import Buffer
 from tlt_verl.drafter.checkpoint import Checkpoint, CheckpointWriter
 from tlt_verl.drafter.eagle import drafter_config
+from tlt_verl.drafter.hot import covering_size, hot_vocabulary
 from tlt_verl.drafter.model import EagleDrafter
 from tlt_verl.drafter.packing import Sample, fill
 from tlt_verl.drafter.replay import replay
@@ -25,8 +26,6 @@ from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, StepReport, 
 
 EVALUATE_EVERY_S = 15.0
 _GATE_TOKENS = 6000  # held-out tokens that are replayed
-_COVERED = 0.995  # share of the responses' tokens that a chosen hot vocabulary holds
-_SIZES = (512, 1024, 2048, 4096, 8192)
 _LOWEST_LR = 0.05
 
 
@@ -119,10 +118,7 @@ class Learner:
             always: ids that are in whatever the rollouts say.
         """
         counts = self.buffer.token_counts(len(self.shared.head))
-        if size is None:
-            ranked = counts.sort(descending=True).values.cumsum(0).double() / max(1, int(counts.sum()))
-            size = next((s for s in _SIZES if s < len(counts) and ranked[s - 1] >= _COVERED), min(8192, len(counts)))
-        hot = hot_vocabulary(counts, size, always)
+        hot = hot_vocabulary(counts, covering_size(counts) if size is None else size, always)
         self._trainer.follow(SharedTensors(self.shared.embed, self.shared.head, hot))
 
     def train(self, seconds: float, tokens: int | None, on_step: Callable[[StepReport, float], None]) -> None:
