@@ -34,7 +34,17 @@ SEAM = Seam(
             path=f"{_SERVER}:SGLangHttpServer.generate",
             source_contains=('meta_info.get("spec_draft_token_num"', 'extra_fields["spec_num_verify_steps"]'),
         ),
-        Target(path=f"{_ADAPTER}:ServerAdapter.update_weights", parameters=("weights", "global_steps")),
+        # what verl does with a replica, for those who train on its device meanwhile
+        Target(path=f"{_SERVER}:SGLangHttpServer.sleep"),
+        Target(path=f"{_SERVER}:SGLangHttpServer.abort_all_requests"),
+        Target(path=f"{_SERVER}:SGLangHttpServer.resume_generation"),
+        Target(path=f"{_SERVER}:SGLangHttpServer.set_global_steps", parameters=("global_steps",)),
+        Target(path="verl.workers.rollout.replica:RolloutMode", source_contains=("COLOCATED", "STANDALONE")),
+        Target(
+            path=f"{_ADAPTER}:ServerAdapter.update_weights",
+            parameters=("weights", "global_steps"),
+            source_contains=("self.server_actor.set_global_steps.remote(global_steps)",),
+        ),
         Target(path=f"{_ADAPTER}:ServerAdapter._is_server_tp_leader"),
         Target(path=f"{_ADAPTER}:ServerAdapter.resume", parameters=("tags",)),
         Target(path=f"{_ADAPTER}:ServerAdapter.release"),

@@ -19,12 +19,16 @@ _MAGIC = 0x544C545F424F4144  # "TLT_BOAD"
 
 
 class Phase(IntEnum):
-    """What verl is doing on the replica's device."""
+    """What verl is doing on the replica's device.
+
+    STARTING: nothing yet. GENERATE: the rollout has the device, whether or not it has requests. SYNC: weights come in.
+    POLICY: the colocated policy has the device, or the engine sleeps. STOPPED: the replica has ended.
+    """
 
     STARTING = 0
     GENERATE = 1
-    SYNC = 2  # the policy's weights are on their way
-    POLICY = 3  # the policy has the device, the engine sleeps
+    SYNC = 2
+    POLICY = 3
     STOPPED = 4
 
 
@@ -59,6 +63,7 @@ WORKER_FIELDS = (
     "gate_published",
     "gate_rejected",
     "gate_accept_micro",
+    "judged_ns",
 )
 _FIELDS = ("magic", *SERVER_FIELDS, *ENGINE_FIELDS, *WORKER_FIELDS)
 _PLACES = {name: place for place, name in enumerate(_FIELDS)}
@@ -85,6 +90,9 @@ class Board:
         FileNotFoundError: it is not there.
         ValueError: it is no board.
     """
+
+    path: Path
+    _words: memoryview
 
     def __init__(self, path: Path) -> None:
         object.__setattr__(self, "path", path)

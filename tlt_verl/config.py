@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -116,6 +116,13 @@ class DrafterConfig:
         default="eagle",
         metadata=_about("The drafter's architecture and layout.", ", ".join(ALGORITHMS)),
     )
+    hot_vocab: int | None = field(
+        default=None,
+        metadata=_about(
+            "Tokens that a drafter trained in the run drafts from. null: as many as the rollouts need; 0: all.",
+            "a number of 0 or more, or null",
+        ),
+    )
 
 
 @dataclass
@@ -164,6 +171,55 @@ class TapConfig:
 
 
 @dataclass
+class SpotConfig:
+    """How the drafter is trained on devices that stand idle."""
+
+    enable: bool = field(
+        default=False,
+        metadata=_about("Train the drafter while a replica's device is idle. Turns the tap on.", "true or false"),
+    )
+    idle_ms: float = field(
+        default=200.0,
+        metadata=_about("How long a device must have been idle before training begins.", "a number above 0"),
+    )
+    yield_ms: float = field(
+        default=50.0,
+        metadata=_about("Longest time in which a device is given back; micro-steps are cut to it.", "a number above 0"),
+    )
+    micro_batch_tokens: int = field(
+        default=2048,
+        metadata=_about("Most tokens of a micro-step, whatever yield_ms allows.", "a number above 0"),
+    )
+    lr: float = field(default=1.0e-3, metadata=_about("AdamW's learning rate.", "a number above 0"))
+    buffer_gb: float = field(
+        default=1.0,
+        metadata=_about("Host memory for segments in each spot worker, in GiB.", "a number above 0"),
+    )
+
+
+@dataclass
+class GateConfig:
+    """What a trained drafter must show before it serves."""
+
+    held_out: float = field(
+        default=0.1,
+        metadata=_about("Share of the prompts on which the drafter is judged and never trained.", "above 0, below 1"),
+    )
+    tokens: int = field(
+        default=2000,
+        metadata=_about("Most held-out tokens that one judgement takes.", "a number above 0"),
+    )
+    every_s: float = field(
+        default=5.0,
+        metadata=_about("Training time between two judgements of one worker, in seconds.", "a number above 0"),
+    )
+    least: float = field(
+        default=1.2,
+        metadata=_about("Accept length that the first drafter must reach, where nothing is drafted yet.", "1 or more"),
+    )
+
+
+@dataclass
 class DebugConfig:
     """Checks that cost time and change nothing."""
 
@@ -184,6 +240,8 @@ class TLTConfig:
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     tap: TapConfig = field(default_factory=TapConfig)
+    spot: SpotConfig = field(default_factory=SpotConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
@@ -210,9 +268,20 @@ def load_config(node: Mapping[str, Any] | DictConfig | None, prefix: str = PREFI
     config = _build(TLTConfig, _plain(node, prefix), prefix)
     _check_algorithm(config.drafter.algorithm, f"{prefix}.drafter.algorithm")
     _check_arms(config.strategy.arms, f"{prefix}.strategy.arms")
-    _check_above_zero(config.tap, "buffer_gb", f"{prefix}.tap")
-    _check_above_zero(config.tap, "max_tokens_per_step", f"{prefix}.tap")
+    for section, names in _ABOVE_ZERO.items():
+        for name in names:
+            _check_above_zero(getattr(config, section), name, f"{prefix}.{section}")
+    _check_range(config.drafter, "hot_vocab", f"{prefix}.drafter", lambda size: size is None or size >= 0)
+    _check_range(config.gate, "held_out", f"{prefix}.gate", lambda share: 0 < share < 1)
+    _check_range(config.gate, "least", f"{prefix}.gate", lambda accept_len: 1 <= accept_len < float("inf"))
     return config
+
+
+_ABOVE_ZERO = {
+    "tap": ("buffer_gb", "max_tokens_per_step"),
+    "spot": ("idle_ms", "yield_ms", "micro_batch_tokens", "lr", "buffer_gb"),
+    "gate": ("tokens", "every_s"),
+}
 
 
 def _plain(node: Any, key: str) -> Any:
@@ -274,7 +343,7 @@ def _typed(item: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
         fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     else:
         value = float(value) if hint is float and type(value) is int else value
-        fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+        fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
     if not fits or value == "":
         raise ConfigError(f"{key}: got {value!r} ({type(value).__name__}), takes {item.metadata['takes']}")
     return value
@@ -290,8 +359,12 @@ def _check_algorithm(value: str, key: str) -> None:
 
 
 def _check_above_zero(section: Any, name: str, key: str) -> None:
+    _check_range(section, name, key, lambda value: 0 < value < float("inf"))
+
+
+def _check_range(section: Any, name: str, key: str, fits: Callable[[Any], bool]) -> None:
     value = getattr(section, name)
-    if not 0 < value < float("inf"):
+    if not fits(value):
         raise ConfigError(f"{key}.{name}: got {value!r}, takes {_field(type(section), name).metadata['takes']}")
 
 

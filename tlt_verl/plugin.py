@@ -29,7 +29,13 @@ def verl_plugin() -> None:
 
     verl is still being imported when this runs. What touches a module that is not there yet waits for its import.
     """
-    from tlt_verl.patches import verl_early_validation, verl_rollout_adapter, verl_rollout_replica, verl_step_metrics
+    from tlt_verl.patches import (
+        verl_checkpoint,
+        verl_early_validation,
+        verl_rollout_adapter,
+        verl_rollout_replica,
+        verl_step_metrics,
+    )
     from tlt_verl.patches.after_import import after_import
     from tlt_verl.rollout.checks import NAME
 
@@ -40,6 +46,7 @@ def verl_plugin() -> None:
         (verl_rollout_replica, (NAME, _replica_class)),
         (verl_rollout_adapter, (NAME, "tlt_verl.rollout.adapter.TLTAdapter")),
         (verl_step_metrics, (NAME, _step_metrics, _engine_metrics())),
+        (verl_checkpoint, (NAME, _save_drafter, _load_drafter)),
     )
     for patch, parts in later:
         after_import(patch.MODULE, partial(_guarded, _install, patch.SEAM, *parts))
@@ -126,6 +133,18 @@ def _engine_metrics() -> Callable[[Sequence[dict]], dict[str, float]]:
     from tlt_verl.rollout.metrics import EngineMetrics
 
     return EngineMetrics().step
+
+
+def _save_drafter(checkpoint: str) -> None:
+    from tlt_verl.rollout import drafter_state
+
+    drafter_state.save(checkpoint)
+
+
+def _load_drafter(checkpoint: str) -> None:
+    from tlt_verl.rollout import drafter_state
+
+    drafter_state.load(checkpoint)
 
 
 def sglang_plugin() -> None:

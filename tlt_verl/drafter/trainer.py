@@ -182,6 +182,19 @@ class DrafterTrainer:
         self.shared = shared
         self._head = shared.head if shared.hot is None else shared.head[shared.hot.to(self.device)]  # (Vh, H)
 
+    def unfollow(self) -> None:
+        """Let go of the target's tensors; `follow` comes before the next step."""
+        nothing = self.shared.embed.new_empty(0, self.shared.embed.shape[1])
+        self.shared, self._head = SharedTensors(nothing, nothing), nothing
+
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and optimizer state by name: the tensors themselves, all that the trainer has on its device."""
+        found: dict[str, torch.Tensor] = {f"drafter.{name}": p for name, p in self.drafter.named_parameters()}
+        for name, parameter in self.drafter.named_parameters():
+            state = self._optimizer.state.get(parameter, {})
+            found |= {f"{key}.{name}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        return found
+
     def step(self, samples: Sequence[Sample], lr_scale: float = 1.0) -> StepReport:
         """One pack, one update.
 

@@ -23,6 +23,7 @@ class EngineOptions:
         tap_bytes: size of that ring.
         tap_tokens_per_step: most tokens that are written between two updates of the policy.
         publications: folder whose sub-folders `v<version>` hold the drafters that may be published; or None.
+        board: file of the replica's board, on which the scheduler says whether it is busy; or None.
         draft_untrained: draft with a drafter that was made from the target and never trained.
     """
 
@@ -30,6 +31,7 @@ class EngineOptions:
     tap_bytes: int = 256 << 20
     tap_tokens_per_step: int = 65536
     publications: str | None = None
+    board: str | None = None
     draft_untrained: bool = False
 
     def export(self, environment: dict[str, str] | None = None) -> None:

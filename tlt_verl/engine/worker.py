@@ -21,12 +21,14 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
+from tlt_verl.board import Board
 from tlt_verl.engine import tap_batch
 from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.drafting import Drafting
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.engine.publication import Publications, PublishGap
 from tlt_verl.engine.tap import Tap
+from tlt_verl.policy_files import PolicyShare
 from tlt_verl.segments import SegmentWriter, ring_bytes
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class TLTWorker(EAGLEWorkerV2):
         self._policy_changed = False
         self._tapping = True
         self._publish_gap = PublishGap()
+        self._board = self._open_board() if self.options.board is not None and self.ps.tp_rank == 0 else None
         self._tap = self._open_tap() if self.options.tap is not None and self.ps.tp_rank == 0 else None
         self._tap_failures = int(self.options.tap is not None and self.ps.tp_rank == 0 and self._tap is None)
 
@@ -66,6 +69,12 @@ class TLTWorker(EAGLEWorkerV2):
             self._all_ranks_agree,
             self.ps.tp_size,
             resizable=self.target_worker.model_runner.decode_cuda_graph_runner is None,
+        )
+        self._share = PolicyShare(
+            Path(self.options.publications or os.devnull),
+            self.ps.tp_rank,
+            self._newest_policy_version,
+            lambda: self.target_worker.model_runner.model.get_embed_and_head(),
         )
         if not (self.drafter_trained or self.options.draft_untrained):
             logger.info("tlt: the drafter was never trained; drafting begins with the first publication")
@@ -97,6 +106,8 @@ class TLTWorker(EAGLEWorkerV2):
 
     def process_batch_result(self, process: Any, batch: Any, result: Any) -> Any:
         """Run the scheduler's own `process`, with the tap and the counters of what was not drafted around it."""
+        if self._board is not None:
+            self._board.engine_busy = 1
         tapped = getattr(result, _TAPPED, None)
         live = tap_batch.active(batch)
         starts: list[int] = []
@@ -113,13 +124,16 @@ class TLTWorker(EAGLEWorkerV2):
         return answer
 
     def on_idle(self) -> None:
-        """Nothing is running: write what the tap has staged."""
+        """Nothing is running: write what the tap has staged, and say so on the board."""
         if self._tap is not None:
             with self._tap_guard():
                 self._tap.write_all()
+        if self._board is not None:
+            self._board.engine_busy = 0
 
     def control(self, commands: dict[str, float], *, asleep: bool = False) -> bool:
-        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0.
+        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0, or
+        `share` the policy's embedding and head.
 
         Args:
             asleep: the engine has released memory, perhaps the drafter's: nothing is published into it.
@@ -137,6 +151,8 @@ class TLTWorker(EAGLEWorkerV2):
                 done &= published
             elif name == "drafting":
                 self._drafting.turn(bool(value))
+            elif name == "share":
+                done &= not asleep and self._share.begin()
             elif name == "tapping":
                 self._tapping = bool(value)
             else:
@@ -151,6 +167,7 @@ class TLTWorker(EAGLEWorkerV2):
         publications = self._publications
         return {
             "policy_version": self.policy_version,
+            "newest_policy_version": self._newest_policy_version(),
             "drafting": self._drafting.is_on,
             "drafter": {
                 "version": publications.version,
@@ -187,6 +204,8 @@ class TLTWorker(EAGLEWorkerV2):
     def _follow_target(self) -> None:
         """Share embedding and head again where an update replaced the target's tensors instead of filling them."""
         self._policy_changed = True
+        if self._board is not None:
+            self._board.policy_version = self._newest_policy_version()
         draft_worker = self._draft_worker
         embed, head = self.target_worker.model_runner.model.get_embed_and_head()
         drafter = draft_worker.draft_runner.model
@@ -198,6 +217,18 @@ class TLTWorker(EAGLEWorkerV2):
             draft_worker.init_lm_head()
 
     # --- parts
+
+    def _newest_policy_version(self) -> int:
+        """Of the weights that the next step will compute with."""
+        return self.policy_version + self._policy_changed
+
+    def _open_board(self) -> Board | None:
+        """The replica's board; None, said in the log, where it is not there."""
+        try:
+            return Board(Path(self.options.board or ""))
+        except (OSError, ValueError) as error:
+            logger.error("tlt: no board, the drafter is not trained while this engine is idle: %s", error)
+            return None
 
     def _open_tap(self) -> Tap | None:
         """The tap into this scheduler's ring; None, said in the log, where the ring cannot be made."""

@@ -68,12 +68,44 @@ class EngineMetrics:
                 change = total - (0.0 if began_again else before.get(name, 0.0))
                 metrics[name] = metrics.get(name, 0.0) + change
             before.update(now)
+        self._spot(metrics, [state["spot"] for state in states if state and "spot" in state])
+        metrics |= next((state["coordinator"] for state in states if state.get("coordinator")), {})
         drafters = [(state["drafter"], state["drafting"]) for state in states if state]
         if drafters:
             metrics["tlt/drafter/version"] = float(min(drafter["version"] for drafter, _ in drafters))
             metrics["tlt/drafter/drafting"] = sum(drafting for _, drafting in drafters) / len(drafters)
             metrics["tlt/drafter/pause_ms"] = float(max(drafter["pause_ms"] for drafter, _ in drafters))
         return metrics
+
+    @staticmethod
+    def _spot(metrics: dict[str, float], boards: Sequence[dict[str, int]]) -> None:
+        """What is not counted: `tlt/spot/harvest` is trained over idle time, of the step and of all replicas."""
+        idle_s, trained_s = metrics.get("tlt/spot/idle_s", 0.0), metrics.get("tlt/spot/trained_s", 0.0)
+        if idle_s > 0:
+            metrics["tlt/spot/harvest"] = trained_s / idle_s
+        if boards:
+            metrics["tlt/spot/yield_ms_max"] = max(board["yield_ns_max"] for board in boards) / 1e6
+        trained = [board for board in boards if board["trained_steps"]]
+        for name in ("loss", "ce", "accept") if trained else ():
+            metrics[f"tlt/drafter/{name}"] = sum(board[f"{name}_micro"] for board in trained) / len(trained) / 1e6
+        judged = [board["gate_accept_micro"] for board in boards if board["gate_accept_micro"]]
+        if judged:
+            metrics["tlt/gate/accept_len"] = max(judged) / 1e6
+
+
+_SPOT = {
+    "tlt/spot/idle_s": ("idle_ns", 1e-9),
+    "tlt/spot/trained_s": ("trained_ns", 1e-9),
+    "tlt/spot/judged_s": ("judged_ns", 1e-9),
+    "tlt/spot/windows": ("windows", 1.0),
+    "tlt/spot/yields": ("yields", 1.0),
+    "tlt/spot/failures": ("failures", 1.0),
+    "tlt/spot/worker_starts": ("worker_starts", 1.0),
+    "tlt/drafter/tokens": ("trained_tokens", 1.0),
+    "tlt/gate/published": ("gate_published", 1.0),
+    "tlt/gate/rejected": ("gate_rejected", 1.0),
+}
+"""Counters of a replica's board: the field and its unit's size."""
 
 
 def _engine_counters(state: dict) -> dict[str, float]:
@@ -83,6 +115,8 @@ def _engine_counters(state: dict) -> dict[str, float]:
         "tlt/drafter/published": float(drafter["published"]),
         "tlt/drafter/rejected": float(sum(drafter["rejected"].values())),
     }
+    if "spot" in state:
+        counted |= {name: state["spot"][field] * scale for name, (field, scale) in _SPOT.items()}
     names = ("segments", "tokens", "bytes", "dropped", "skipped", "overwritten", "failures")
     return counted | {f"tlt/tap/{name}": float(tap[name]) for name in names if name in tap}
 

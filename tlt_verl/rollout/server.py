@@ -6,22 +6,32 @@ that gate (`mtp`) is opened on the server's own copy of the configuration, so no
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.managers.io_struct import CheckWeightsReqInput
 from sglang.srt.plugins import load_plugins
 from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import MtpConfig, RolloutConfig
+from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpServer
 
+from tlt_verl.board import Board, Phase
 from tlt_verl.config import TLTConfig, load_config
+from tlt_verl.drafter.checkpoint import write_drafter
 from tlt_verl.engine import client
 from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.options import EngineOptions
+from tlt_verl.rollout.spot import SpotHost, job_prefix, spot_host
+
+logger = logging.getLogger(__name__)
 
 ALGORITHM = "TLT"
 FINGERPRINT_ACTION = "tlt_fingerprint"
@@ -42,15 +52,17 @@ def tlt_config(rollout: RolloutConfig) -> TLTConfig:
     return load_config((rollout.custom or {}).get("tlt"))
 
 
-def engine_options(options: TLTConfig, drafters: Path) -> EngineOptions:
+def engine_options(options: TLTConfig, drafters: Path, board: Path | None = None) -> EngineOptions:
     """What the schedulers of a replica are told.
 
     Args:
         drafters: the replica's folder of publications; its name is the ring's too.
+        board: the replica's, where the drafter is trained.
     """
     tap = options.tap
     return EngineOptions(
-        tap=drafters.name.removeprefix("tlt-") if tap.enable else None,
+        tap=drafters.name.removeprefix("tlt-") if tap.enable or board is not None else None,
+        board=None if board is None else str(board),
         tap_bytes=round(tap.buffer_gb * 2**30),
         tap_tokens_per_step=tap.max_tokens_per_step,
         publications=str(drafters),
@@ -80,6 +92,14 @@ def with_engine_options(rollout: RolloutConfig) -> RolloutConfig:
     return dataclasses.replace(rollout, **changes)
 
 
+def _write_new(
+    folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], hot: torch.Tensor | None
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+    folder.mkdir()
+    write_drafter(folder, config, weights, hot)
+
+
 class TLTHttpServer(SGLangHttpServer):
     """verl's SGLang server over an engine that speculates."""
 
@@ -89,14 +109,107 @@ class TLTHttpServer(SGLangHttpServer):
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
         """Launch the engine, with SGLang's plugins loaded before verl builds the arguments that name one of them."""
         load_plugins()
-        self._drafters = Path(tempfile.mkdtemp(prefix="tlt-drafters-"))
-        self._janitor = remove_after_death(self._drafters)
-        engine_options(tlt_config(self.config), self._drafters).export()
+        self._spot: SpotHost | None = None
+        self.drafter_received = 0
+        options = tlt_config(self.config)
+        self._drafters = Path(tempfile.mkdtemp(prefix=f"tlt-{job_prefix()}{self.replica_rank}-"))
+        board = self._make_board(options)
+        page = None if board is None else board.path
+        self._janitors = [remove_after_death(path) for path in (self._drafters, page) if path is not None]
+        engine_options(options, self._drafters, page).export()
         await super().launch_server(*args, **kwargs)
+        if board is not None:
+            start = Path(self.tokenizer_manager.server_args.speculative_draft_model_path)
+            self._spot = spot_host(self, options, self._drafters, start, board)
+            colocated = self.rollout_mode != RolloutMode.STANDALONE
+            self._spot.phase(Phase.POLICY if colocated else Phase.GENERATE)
+
+    def _make_board(self, options: TLTConfig) -> Board | None:
+        """A page for spot training, where there is to be any."""
+        (strategy,) = options.strategy.parsed()
+        wanted = options.spot.enable and strategy.drafter != "off" and self.node_rank == 0
+        if not wanted or self.rollout_mode == RolloutMode.COLOCATED:  # a reward model's or a teacher's
+            return None
+        try:
+            return Board.create(self._drafters.name.removeprefix("tlt-"))
+        except OSError as error:
+            logger.error("tlt: replica %d trains no drafter, there is no board: %s", self.replica_rank, error)
+            return None
+
+    # --- what verl does with this replica, for whoever trains on its device meanwhile
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """verl's, counted while it runs."""
+        if self._spot is None:
+            return await super().generate(*args, **kwargs)
+        self._spot.request_begins()
+        try:
+            return await super().generate(*args, **kwargs)
+        finally:
+            self._spot.request_ends()
+
+    async def sleep(self) -> None:
+        """The policy takes the device."""
+        self._phase(Phase.POLICY)
+        await super().sleep()
+
+    async def abort_all_requests(self) -> None:
+        """The policy's weights are about to come."""
+        self._phase(Phase.SYNC)
+        await super().abort_all_requests()
+
+    async def resume_generation(self) -> None:
+        """The policy's weights are there."""
+        await super().resume_generation()
+        self._phase(Phase.GENERATE)
+
+    async def set_global_steps(self, global_steps: int) -> None:
+        """The policy's weights of this step are there."""
+        await super().set_global_steps(global_steps)
+        self._phase(Phase.GENERATE, global_steps)
+
+    def _phase(self, phase: Phase, step: int | None = None) -> None:
+        if self._spot is not None:
+            self._spot.phase(phase, step)
+
+    # --- the drafter
+
+    async def receive_drafter(
+        self, version: int, config: dict[str, Any], weights: dict[str, torch.Tensor], hot: torch.Tensor | None
+    ) -> str | None:
+        """Let a drafter serve that the coordinator sends; None, or why it does not."""
+        if self._spot is not None and self.config.free_cache_engine and not self._spot.is_awake:
+            self._spot.has_missed()
+            return "the engine is asleep; it asks again when it is awake"
+        folder = self._drafters / f"v{version}"
+        await asyncio.to_thread(_write_new, folder, config, weights, hot)
+        reason = await self.publish_drafter(version)
+        if reason is None:
+            self.drafter_received = version
+        await asyncio.to_thread(shutil.rmtree, folder, True)  # the engine has read it
+        return reason
+
+    async def share_policy(self) -> tuple[str, int, int]:
+        """Let the engine write the policy's embedding and head.
+
+        Returns:
+            The folder, the policy's version, and how many ranks write.
+        """
+        state = await client.state(self.tokenizer_manager)
+        await client.command(self.tokenizer_manager, share=1)
+        return str(self._drafters), state["newest_policy_version"], self.config.tensor_model_parallel_size
 
     async def drafter_state(self) -> dict[str, Any]:
-        """What the schedulers' worker says of itself (`TLTWorker.state`); empty where the engine does not speculate."""
-        return await client.state(self.tokenizer_manager) if self._speculates() else {}
+        """What the schedulers' worker says of itself (`TLTWorker.state`); empty where the engine does not speculate.
+
+        Where a drafter is trained, also the board under `spot` and what the coordinator said under `coordinator`.
+        """
+        if not self._speculates():
+            return {}
+        state = await client.state(self.tokenizer_manager)
+        if self._spot is None:
+            return state
+        return {**state, "spot": self._spot.state(), "coordinator": self._spot.coordinator_metrics()}
 
     async def publish_drafter(self, version: int) -> str | None:
         """Let the drafter `v<version>` of the folder of publications serve, while requests are in flight.

@@ -1,0 +1,156 @@
+"""Two workers whose copies are averaged, against one worker, at equal total tokens (issue 5, item 7).
+
+The real trainer and the real master, on a made target: a fixed Markov chain of order 2 over 100 tokens, whose features
+are a fixed function of the last two tokens and whose head gives the chain's own probabilities.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tlt_verl.drafter.checkpoint import Checkpoint
+from tlt_verl.drafter.eagle import drafter_config
+from tlt_verl.drafter.loss import eagle_loss
+from tlt_verl.drafter.model import EagleDrafter
+from tlt_verl.drafter.packing import Sample, pack
+from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, TrainerSettings
+from tlt_verl.spot.coordination import Coordination
+
+pytestmark = pytest.mark.slow
+
+V, H, T = 100, 32, 32
+SEQUENCES = 6  # of a step
+STEPS = 600  # of the one worker, and of two together
+TOLERANCE = 0.03
+SIZES = {"hidden_size": H, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIG = drafter_config({"architectures": ["LlamaForCausalLM"], "vocab_size": V, "rms_norm_eps": 1e-5, **SIZES})
+
+
+class World(NamedTuple):
+    """The chain: embedding and head [V, H], and the two matrices [H, H] that make features."""
+
+    embed: torch.Tensor
+    head: torch.Tensor
+    now: torch.Tensor
+    before: torch.Tensor
+
+    def features(self, tokens: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """[..., H] of tokens and the tokens before them, int64 [...]."""
+        return torch.tanh(self.embed[tokens] @ self.now + self.embed[previous] @ self.before)
+
+
+@cache
+def world() -> World:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, scale: float) -> torch.Tensor:
+        return scale * torch.randn(rows, H, generator=generator)
+
+    return World(normal(V, 1.0), normal(V, 1.0), normal(H, 0.8 * H**-0.5), normal(H, 0.6 * H**-0.5))
+
+
+def samples(count: int, seed: int) -> list[Sample]:
+    """Sequences of T tokens, drawn from the chain."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, V, (count, 2), generator=generator)
+    features = world().features(tokens, torch.zeros_like(tokens)).unbind(1)
+    while tokens.shape[1] < T:
+        last = world().features(tokens[:, -1], tokens[:, -2])
+        drawn = torch.multinomial((last @ world().head.T).softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn], dim=1)
+    previous = torch.cat([torch.zeros(count, 1, dtype=torch.int64), tokens[:, :-1]], dim=1)
+    features = world().features(tokens, previous)
+    return [Sample(tokens[i], features[i], 2) for i in range(count)]
+
+
+@cache
+def packs() -> list[list[Sample]]:
+    """What a step learns from. Nothing is seen twice: the loss on held-out samples is the loss."""
+    drawn = samples(SEQUENCES * STEPS * 2, seed=1)
+    return [drawn[at : at + SEQUENCES] for at in range(0, len(drawn), SEQUENCES)]
+
+
+def trainer(seed: int) -> DrafterTrainer:
+    torch.manual_seed(0)
+    shared, settings = SharedTensors(world().embed, world().head), TrainerSettings(dtype="float32")
+    return DrafterTrainer(EagleDrafter(CONFIG), shared, settings, seed=seed)
+
+
+@torch.no_grad()
+def held_out_loss(state: dict[str, Any]) -> float:
+    """The trainer's loss on samples that nobody learns from."""
+    drafter = EagleDrafter(CONFIG)
+    drafter.load_state_dict(state["drafter"])
+    batch = pack(samples(200, seed=2))
+    predicted = drafter(world().embed[batch.embedding_tokens], batch.features, batch.lengths)
+    settings = TrainerSettings()
+    weights = {"feature_weight": settings.feature_weight, "ce_weight": settings.ce_weight}
+    return eagle_loss(predicted, batch.wanted, world().head, batch.mask, **weights).loss.item()
+
+
+class Worker:
+    """Trains a copy of the master in windows."""
+
+    def __init__(self, master: Coordination, number: int, data: Iterator[list[Sample]]) -> None:
+        self._master, self._data, self._trainer = master, data, trainer(seed=number)
+        self._base, self.tokens = 0, 0
+
+    def begin(self) -> None:
+        given = self._master.fetch(-1, 0)
+        self._base, self.tokens = given["version"], 0
+        self._trainer.load_state_dict(self._trainer.state_dict() | given["state"])
+
+    def step(self) -> None:
+        self.tokens += self._trainer.step(next(self._data)).tokens
+
+    def end(self) -> None:
+        if self.tokens:
+            self._master.merge(self._base, self._trainer.state_dict(copies=False), self.tokens)
+
+
+def untrained() -> Coordination:
+    weights = trainer(0).weights(torch.float32)
+    return Coordination(Checkpoint(Path("start"), CONFIG, weights, None, None, 0), serves=False)
+
+
+@cache
+def alone(steps: int, first: int = 0) -> float:
+    """The loss after one worker's steps, from this pack on."""
+    training = trainer(0)
+    for members in packs()[first : first + steps]:
+        training.step(members)
+    return held_out_loss(training.state_dict())
+
+
+def in_rounds(every: int) -> float:
+    """Two workers that begin together and are averaged after `every` steps, until both have done half of them all."""
+    master = untrained()
+    workers = [Worker(master, number, iter(packs()[number:STEPS:2])) for number in range(2)]
+    for _ in range(STEPS // 2 // every):
+        for worker in workers:
+            worker.begin()
+        for worker in workers:
+            for _ in range(every):
+                worker.step()
+            worker.end()
+    return held_out_loss(master.state())
+
+
+if __name__ == "__main__":
+    import sys
+    import time
+
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    packs()
+    print("data", time.perf_counter() - begin)
+    for n in map(int, sys.argv[1:]):
+        begin = time.perf_counter()
+        print(n, alone(n), time.perf_counter() - begin)

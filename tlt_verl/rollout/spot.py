@@ -1,0 +1,286 @@
+"""A replica's side of spot training: the board, the spot worker's actor, and what verl is doing on the device.
+
+Lives in the server's actor. The server tells it of every request and every call of verl's life cycle; it writes the
+board, and looks after the spot worker and the coordinator from a task of its own, so that nothing that happens to them
+is waited for by a rollout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.plugin.platform import get_platform
+
+from tlt_verl.board import SERVER_FIELDS, WORKER_FIELDS, Board, Phase, now_ns
+from tlt_verl.config import TLTConfig
+from tlt_verl.drafter.checkpoint import load_checkpoint
+from tlt_verl.spot.coordinator import create
+from tlt_verl.spot.learner import LearnerSettings
+from tlt_verl.spot.service import ServiceOptions, SpotService, event, replica_state
+from tlt_verl.spot.worker import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+_BEAT_S = 0.5
+_ANSWER_S = 10.0
+_RESTART_S = 10.0
+_LEAST_FREE_BYTES = 2 << 30
+_KEPT = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES",
+    "VERL_PLATFORM",
+)
+"""Variables of the server's environment that its spot worker needs: Ray would set some of them for no device."""
+
+
+class SpotHost:
+    """Spot training at one replica.
+
+    Args:
+        replica: its number.
+        board: of the replica; this writes the server's fields.
+        start_worker: starts a spot worker's actor.
+        find_coordinator: returns the coordinator's handle, once this replica is registered there.
+    """
+
+    def __init__(
+        self,
+        replica: int,
+        board: Board,
+        start_worker: Callable[[Any], Any],
+        find_coordinator: Callable[[], Any],
+    ) -> None:
+        self.board = board
+        self._replica, self._start_worker, self._find_coordinator = replica, start_worker, find_coordinator
+        self._idle_since: int | None = None
+        self._said = ""
+        self._worker: Any = None
+        self._coordinator: Any = None
+        self._restart_at = 0.0
+        self._starts = 0
+        self._said_by_coordinator: dict[str, float] = {}
+        self._has_missed = False
+        self._beating = asyncio.create_task(self._beat_for_ever())
+        board.step = -1
+
+    # --- what the server tells
+
+    def request_begins(self) -> None:
+        """A request has come; whoever trains gives the device back."""
+        if self.board.phase != Phase.GENERATE:
+            self.board.phase = Phase.GENERATE  # verl does not say when a validation begins
+        if self.board.requests == 0:
+            self.board.needed_ns = now_ns()
+        self.board.requests += 1
+        self._note()
+
+    def request_ends(self) -> None:
+        """A request has been answered, or has failed."""
+        self.board.requests -= 1
+        self._note()
+
+    def phase(self, phase: Phase, step: int | None = None) -> None:
+        """Verl does something else on this device now."""
+        if step is not None:
+            self.board.step = step
+        if phase != self.board.phase:
+            if phase is not Phase.GENERATE:
+                self.board.needed_ns = now_ns()
+            self.board.phase = phase
+        self._note()
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether the engine has its memory, so that a drafter can be published into it."""
+        return self.board.phase == Phase.GENERATE
+
+    def has_missed(self) -> None:
+        """A drafter came while the engine slept: ask the coordinator for it when it is awake."""
+        self._has_missed = True
+
+    def coordinator_metrics(self) -> dict[str, float]:
+        """What the coordinator said of itself last."""
+        return self._said_by_coordinator
+
+    def state(self) -> dict[str, int]:
+        """The board, the time that is still running included."""
+        values = self.board.values((*SERVER_FIELDS, *WORKER_FIELDS))
+        if self._idle_since is not None:
+            values["idle_ns"] += now_ns() - self._idle_since
+        return values | {"worker_starts": self._starts}
+
+    async def stop(self) -> None:
+        """End the task and the worker."""
+        self.board.phase = Phase.STOPPED
+        self._beating.cancel()
+        if self._worker is not None:
+            ray.kill(self._worker)
+
+    def _note(self) -> None:
+        """Keep the time in which the device was idle, and say what has changed."""
+        now, is_idle = now_ns(), self.board.phase == Phase.GENERATE and self.board.requests == 0
+        if is_idle and self._idle_since is None:
+            self._idle_since = now
+        elif not is_idle and self._idle_since is not None:
+            self.board.idle_ns += now - self._idle_since
+            self._idle_since = None
+        state = replica_state(self.board)
+        if state != self._said:
+            self._said = state
+            step = self.board.step if self.board.step >= 0 else None
+            print(event(f"replica {self._replica}", state, step), flush=True)
+
+    # --- worker and coordinator
+
+    async def _beat_for_ever(self) -> None:
+        """Say that the server lives, and see to it that worker and coordinator do."""
+        while True:
+            self.board.beat_ns = now_ns()
+            await asyncio.sleep(_BEAT_S)
+            if self.board.phase == Phase.STARTING or asyncio.get_running_loop().time() < self._restart_at:
+                continue
+            try:
+                await self._look_after()
+            except Exception as error:  # the rollout goes on; said, counted, and tried again
+                self.board.allowed = 0
+                self._restart_at = asyncio.get_running_loop().time() + _RESTART_S
+                logger.error("tlt: spot training of replica %d pauses: %s", self._replica, error)
+
+    async def _look_after(self) -> None:
+        if self._coordinator is None or (self._has_missed and self.is_awake):
+            self._has_missed = False
+            self._coordinator = await asyncio.to_thread(self._find_coordinator)
+        try:
+            self._said_by_coordinator = await asyncio.wait_for(self._coordinator.metrics.remote(), _ANSWER_S)
+        except (RayError, TimeoutError):
+            self._coordinator = None
+            raise
+        self.board.allowed = 1
+        if self._worker is None:
+            self._worker = await asyncio.to_thread(self._start_worker, self._coordinator)
+            self._starts += 1
+        try:
+            is_alive = await asyncio.wait_for(self._worker.alive.remote(), 6 * _ANSWER_S)
+        except (RayError, TimeoutError):
+            is_alive = False
+        if not is_alive:
+            worker, self._worker = self._worker, None
+            ray.kill(worker)
+            raise RuntimeError("its worker has ended; another one is started")
+
+
+def actor_options(node_id: str, env: dict[str, str]) -> dict[str, Any]:
+    """Ray's options of a spot worker's actor: on this node, without a claim on resources, never restarted by Ray."""
+    strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    return {
+        "scheduling_strategy": strategy,
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "max_restarts": 0,
+        "max_concurrency": 4,
+        "runtime_env": {"env_vars": env},
+    }
+
+
+def spot_host(server: Any, options: TLTConfig, drafters: Path, start: Path, board: Board) -> SpotHost:
+    """Spot training at the replica of this server.
+
+    Args:
+        server: the `TLTHttpServer`, in whose actor this runs.
+        drafters: the replica's folder of publications.
+        start: the drafter's folder that the engine begins with.
+    """
+    this = ray.get_runtime_context().current_actor
+    checkpoint = load_checkpoint(start)
+    service = _service_options(server, options, board, drafters, checkpoint.config)
+
+    def find_coordinator() -> Any:
+        coordinator = create(coordinator_name(), folder=drafters / "coordinator", start=start)
+        ray.get(coordinator.register.remote(str(server.replica_rank), this, server.drafter_received), timeout=_ANSWER_S)
+        return coordinator
+
+    def start_worker(coordinator: Any) -> Any:
+        node = ray.get_runtime_context().get_node_id()
+        env = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        actor = ray.remote(SpotService).options(**actor_options(node, env))
+        return actor.remote(service, checkpoint.weights, this, coordinator)
+
+    return SpotHost(server.replica_rank, board, start_worker, find_coordinator)
+
+
+def job_prefix() -> str:
+    """What the names of this job's rings and boards begin with: no two jobs on a node share it."""
+    return f"{_job()}-"
+
+
+def coordinator_name() -> str:
+    """Of this job's coordinator among Ray's actors."""
+    return f"tlt-spot-{_job()}"
+
+
+def _job() -> str:
+    context = ray.get_runtime_context()
+    return hashlib.sha256(f"{context.gcs_address} {context.get_job_id()}".encode()).hexdigest()[:8]
+
+
+def _service_options(
+    server: Any, options: TLTConfig, board: Board, drafters: Path, config: dict[str, Any]
+) -> ServiceOptions:
+    spot, gate, on_cpu = options.spot, options.gate, get_platform().device_name == "cpu"
+    (strategy,) = options.strategy.parsed()
+    cores = _cores_of_a_replica(server)
+    learner = LearnerSettings(
+        step_s=spot.yield_ms / 1e3,
+        most_rows=spot.micro_batch_tokens,
+        lr=spot.lr,
+        buffer_bytes=round(spot.buffer_gb * 2**30),
+        held_out=gate.held_out,
+        gate_tokens=gate.tokens,
+        hot_size=options.drafter.hot_vocab,
+        always_hot=tuple(_ends(server.model_config)),
+        num_steps=strategy.num_steps,
+        least=gate.least,
+        seed=server.replica_rank,
+    )
+    return ServiceOptions(
+        replica=server.replica_rank,
+        board=str(board.path),
+        rings=job_prefix(),
+        device=get_platform().device_name,
+        visible=None if on_cpu else os.environ["CUDA_VISIBLE_DEVICES"].split(",")[0],
+        cores=cores,
+        threads=cores,
+        least_free_bytes=_LEAST_FREE_BYTES,
+        idle_s=spot.idle_ms / 1e3,
+        config=config,
+        learner=learner,
+        worker=WorkerSettings(gate_every_s=gate.every_s, dtype=server.config.dtype),
+    )
+
+
+def _ends(model_config: Any) -> set[int]:
+    """The tokens that end a response, whatever is frequent."""
+    ends = {model_config.tokenizer.eos_token_id}
+    for config in (model_config.hf_config, model_config.generation_config):
+        found = getattr(config, "eos_token_id", None)
+        ends |= set(found) if isinstance(found, list | tuple) else {found}
+    return ends - {None}
+
+
+def _cores_of_a_replica(server: Any) -> int:
+    """Cores of this host that one replica owns: as many as an engine computes with, or its share of the host's."""
+    allowed = len(os.sched_getaffinity(0))
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return min(allowed, int(told)) if told.isdigit() and int(told) > 0 else max(1, allowed // 2)

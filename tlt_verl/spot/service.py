@@ -1,0 +1,148 @@
+"""The process of a spot worker: a Ray actor that builds the worker and runs its loop in a thread.
+
+Beside the replica's server on the same node, with the replica's device, at the lowest priority that the host has: where
+cores are shared, the kernel gives it only what nobody else wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlt_verl.board import Board, Phase, SpotState
+from tlt_verl.spot.idle import EngineProbe, IdleDetector, PhaseProbe, device_probe
+from tlt_verl.spot.learner import LearnerSettings, SpotLearner
+from tlt_verl.spot.ray_links import RayLinks
+from tlt_verl.spot.rings import Rings
+from tlt_verl.spot.worker import SpotWorker, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+EVENT = "tlt-event"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """What a spot worker is started with.
+
+    Args:
+        replica: its number.
+        board: the replica's board.
+        rings: what the names of the job's rings begin with.
+        device: where it trains, in torch's spelling.
+        visible: one entry of CUDA_VISIBLE_DEVICES, None on the CPU.
+        cores: of the host that the replica owns.
+        threads: that the worker computes with.
+        least_free_bytes: device memory that training takes.
+        idle_s: see `IdleDetector`.
+        config: the drafter's `config.json`.
+        learner, worker: settings.
+    """
+
+    replica: int
+    board: str
+    rings: str
+    device: str
+    visible: str | None
+    cores: int
+    threads: int
+    least_free_bytes: int
+    idle_s: float
+    config: Mapping[str, Any]
+    learner: LearnerSettings
+    worker: WorkerSettings
+
+
+def event(lane: str, state: str, step: int | None) -> str:
+    """A line of the run's log from which `tlt_verl.report.timeline` draws."""
+    return f"{EVENT} " + json.dumps({"t": round(time.monotonic(), 6), "lane": lane, "state": state, "step": step})
+
+
+def replica_state(board: Board) -> str:
+    """What a replica does, in the timeline's words, as its board says it."""
+    phase = Phase(board.phase)
+    if phase is Phase.GENERATE:
+        return "generating" if board.requests else "idle"
+    return {Phase.STARTING: "starting", Phase.SYNC: "sync"}.get(phase, "policy")
+
+
+def yield_to_all() -> None:
+    """Take only processor time that nobody else wants."""
+    os.nice(19 - os.nice(0))
+    with contextlib.suppress(OSError):  # a container may forbid it; niceness stays
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+class SpotService:
+    """The actor around one `SpotWorker`.
+
+    Args:
+        options: of the worker.
+        weights: of the drafter to begin with.
+        server: the replica's server actor.
+        coordinator: the job's.
+    """
+
+    def __init__(
+        self, options: ServiceOptions, weights: Mapping[str, torch.Tensor], server: Any, coordinator: Any
+    ) -> None:
+        logging.basicConfig(level=logging.INFO)
+        yield_to_all()
+        torch.set_num_threads(options.threads)
+        self._options, self._board = options, Board(Path(options.board))
+        own_pids = {os.getpid()}
+        probes = (
+            PhaseProbe(self._board),
+            EngineProbe(self._board),
+            device_probe(
+                options.visible,
+                cores=options.cores,
+                least_free_bytes=options.least_free_bytes,
+                own_pids=lambda: own_pids,
+            ),
+        )
+        self._worker = SpotWorker(
+            self._board,
+            IdleDetector(probes, options.idle_s),
+            SpotLearner(options.config, weights, options.learner, options.device),
+            Rings(options.rings),
+            RayLinks(options.replica, server, coordinator, int(options.config["vocab_size"])),
+            options.worker,
+            self._say,
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tlt-spot", daemon=True)
+        self._thread.start()
+
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the loop, and wait until it has."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._worker.run(self._stop.is_set)
+        except Exception:
+            logger.exception("tlt: the spot worker of replica %d has ended", self._options.replica)
+
+    def _say(self, state: SpotState) -> None:
+        """Print what the replica does now: training and yielding are this process's to say."""
+        name = {SpotState.TRAINING: "training", SpotState.YIELDING: "yielding", SpotState.BUSY: ""}.get(state)
+        if name is not None:
+            step = self._board.step if self._board.step >= 0 else None
+            lane = f"replica {self._options.replica}"
+            print(event(lane, name or replica_state(self._board), step), flush=True)

@@ -1,0 +1,307 @@
+"""The spot worker's loop: wait until the device is idle, train, and be gone before anyone needs it.
+
+    BUSY       the device is another's
+    IDLE       all probes agree: take the segments, the policy's tensors, the master
+    TRAINING   micro-steps and steps of the gate; between two of them the probes are read
+    YIELDING   one of them said no: the device's memory is given back, the copy is handed in afterwards
+
+Knows the probes, the learner and the links to the others; starts no process and imports neither Ray nor SGLang. What
+goes wrong here is counted, said in the log with its cause, and costs the drafter's training at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tlt_verl.board import Board, Phase, SpotState, now_ns
+from tlt_verl.drafter.trainer import DrafterDiverged
+from tlt_verl.segments import Segment
+from tlt_verl.spot.gate import Verdict
+from tlt_verl.spot.idle import IdleDetector
+from tlt_verl.spot.learner import SpotLearner
+from tlt_verl.spot.links import LinkError, Links
+from tlt_verl.spot.rings import Rings
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.01
+_RETRY_S = 5.0
+_READ_AT_ONCE = 16  # segments
+_REFRESH_S = 1.0  # between two looks at the rings while training
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """When a spot worker does what.
+
+    Args:
+        gate_every_s: training time between two judgements.
+        dtype: in which drafters serve.
+        window_s: longest window; then the copy is handed in, and another window begins.
+    """
+
+    gate_every_s: float = 5.0
+    dtype: str = "bfloat16"
+    window_s: float = 30.0
+
+
+class SpotWorker:
+    """One replica's spot worker.
+
+    Args:
+        board: the replica's; this writes the worker's fields.
+        detector: says when the device is idle.
+        learner: what is trained.
+        rings: where segments come from.
+        links: to the engine and the coordinator.
+        settings: when.
+        say: is told every change of state, for the run's log.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        detector: IdleDetector,
+        learner: SpotLearner,
+        rings: Rings,
+        links: Links,
+        settings: WorkerSettings,
+        say: Callable[[SpotState], None] = lambda state: None,
+    ) -> None:
+        self.board, self.learner, self.settings = board, learner, settings
+        self._detector, self._rings, self._links, self._say = detector, rings, links, say
+        self._master, self._serving_version = -1, 0
+        self._serving: Mapping[str, torch.Tensor] | None = None
+        self._judging: Generator[None, None, Verdict] | None = None
+        self._candidate: dict[str, torch.Tensor] = {}
+        self._since_gate_s = 0.0
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="tlt-spot-links")
+        self._pending: Future[Any] | None = None
+        self._retry_at = 0.0
+        self._has_device_since = 0  # by the board's clock; 0 while it is another's
+        self.failures: Counter[str] = Counter()
+        """What kept it from training, by kind."""
+
+    def run(self, stopped: Callable[[], bool]) -> None:
+        """Loop until `stopped`, or until the replica has stopped."""
+        self._enter(SpotState.BUSY)
+        while not stopped() and self.board.phase != Phase.STOPPED:
+            self.tick()
+            time.sleep(_POLL_S)
+        self._background.shutdown(wait=True, cancel_futures=True)
+
+    def tick(self) -> None:
+        """Look once, and train for as long as the device is idle."""
+        self.board.worker_beat_ns = now_ns()
+        self._settle()
+        if time.monotonic() < self._retry_at or not self.board.allowed:
+            return
+        if not self._detector.update(time.monotonic()).train:
+            return
+        try:
+            self._window()
+        except LinkError as error:
+            self._failed("link", error)
+        except DrafterDiverged as error:
+            self._master = -1  # its copy is of no use to anybody
+            self._failed("diverged", error)
+        except Exception as error:  # dies alone: the run goes on, the log and the counters say why
+            self._master = -1
+            logger.exception("tlt: the spot worker failed")
+            self._failed(type(error).__name__, error)
+
+    def _window(self) -> None:
+        """From idle to yielded. The device's memory is free again however this ends."""
+        self._enter(SpotState.IDLE)
+        self.board.windows += 1
+        try:
+            if self._prepare():
+                self._enter(SpotState.TRAINING)
+                self._train(time.monotonic() + self.settings.window_s)
+        finally:
+            self._yield()
+        self._hand_in()
+
+    # --- idle: what training needs
+
+    def _prepare(self) -> bool:
+        """Get segments, policy and master; whether there is something to train on and the device is still idle."""
+        if not self._read_rings() or (self._pending is not None and not self._wait_for_pending()):
+            return False
+        if self.learner.buffer.newest_version is None:
+            return False
+        if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
+            policy = self._links.policy()
+            self.learner.follow(policy.version, policy.embed, policy.head)
+        if not (self._take_master() and self._goes_on()):
+            return False
+        self._has_device_since = now_ns()
+        return self.learner.begin()
+
+    def _read_rings(self) -> bool:
+        """Take what the replicas have recorded; False where the device is needed before that is done."""
+        fresh: list[Segment] = []
+        while segments := self._rings.poll(_READ_AT_ONCE):
+            fresh += segments
+            if not self._goes_on():
+                break
+        if fresh:
+            self.learner.add(fresh)
+        return self._goes_on()
+
+    def _take_master(self) -> bool:
+        """Load the newest master, and agree on a hot vocabulary; False while too little is known for one."""
+        master = self._links.fetch(self._master, self._serving_version)
+        hot = master.hot
+        if hot is None and self.learner.settings.hot_size != 0:
+            proposed = self.learner.propose_hot()
+            if proposed is None:
+                return False
+            hot = self._links.choose_hot(proposed)
+        if master.state is not None:
+            self.learner.load(master.state, hot)
+            self._drop_judging()
+        self.learner.hot = hot
+        self._master = master.version
+        if master.serving_version != self._serving_version:
+            self._serving_version, self._serving = master.serving_version, master.serving
+            self._drop_judging()
+        return True
+
+    # --- training
+
+    def _train(self, until: float) -> None:
+        """Micro-steps and steps of the gate in turn, until the device is needed."""
+        refreshed = time.monotonic()
+        while self._goes_on() and time.monotonic() < until:
+            if time.monotonic() - refreshed > _REFRESH_S:
+                refreshed = time.monotonic()
+                if not self._read_rings():
+                    return
+            if self._judging is not None or self._gate_is_due():
+                self._judge()
+                continue
+            begun = now_ns()
+            report = self.learner.micro_step()
+            if report is None:
+                return
+            self._since_gate_s += report.seconds
+            board = self.board
+            board.trained_ns += now_ns() - begun
+            board.trained_tokens += report.tokens
+            board.trained_steps += 1
+
+    def _goes_on(self) -> bool:
+        """Whether every probe still says that the device is idle."""
+        self.board.worker_beat_ns = now_ns()
+        return bool(self.board.allowed) and self._detector.update(time.monotonic()).train
+
+    def _gate_is_due(self) -> bool:
+        self._settle()
+        return self._pending is None and self._since_gate_s >= self.settings.gate_every_s
+
+    def _judge(self) -> None:
+        """One step of the gate. Training waits for its end: candidate and trainer are the same until then."""
+        begun = now_ns()
+        if self._judging is None:
+            self._candidate = self.learner.weights(getattr(torch, self.settings.dtype))
+            self._judging = self.learner.judging(self._candidate, self._serving)
+        try:
+            next(self._judging)
+        except StopIteration as end:
+            self._judged(end.value)
+        self.board.judged_ns += now_ns() - begun
+
+    def _judged(self, verdict: Verdict) -> None:
+        self._judging, self._since_gate_s = None, 0.0
+        self.board.gate_published, self.board.gate_rejected = self.learner.gate.published, self.learner.gate.rejected
+        if verdict.candidate_accept_len is not None:
+            self.board.gate_accept_micro = round(1e6 * verdict.candidate_accept_len)
+        logger.info("tlt: gate: %s", verdict.reason)
+        if verdict.published:
+            candidate, hot, accept_len = self._candidate, self.learner.hot, verdict.candidate_accept_len or 0.0
+            self._pending = self._background.submit(self._publish, candidate, hot, accept_len)
+
+    def _publish(self, weights: dict[str, torch.Tensor], hot: torch.Tensor | None, accept_len: float) -> None:
+        published = self._links.publish(weights, hot, accept_len)
+        for replica, reason in published.rejected.items():
+            logger.error("tlt: %s did not take drafter %d: %s", replica, published.version, reason)
+        self._serving, self._serving_version = weights, published.version
+
+    def _drop_judging(self) -> None:
+        """What is being judged is not what would be published, or compared with."""
+        if self._judging is not None:
+            self._judging.close()
+            self._judging = None
+
+    # --- yielding
+
+    def _yield(self) -> None:
+        """Give the device back, and note how long that took from the moment at which it was asked for."""
+        self._enter(SpotState.YIELDING)
+        self.learner.release()
+        board = self.board
+        if self._has_device_since and board.needed_ns > self._has_device_since:
+            board.yields += 1
+            board.yield_ns_last = now_ns() - board.needed_ns
+            board.yield_ns_max = max(board.yield_ns_max, board.yield_ns_last)
+        self._has_device_since = 0
+        self._note_losses()
+        self._enter(SpotState.BUSY)
+
+    def _note_losses(self) -> None:
+        if reports := self.learner.reports:
+            for name in ("loss", "ce", "accept"):
+                mean = sum(getattr(report, name) for report in reports) / len(reports)
+                setattr(self.board, f"{name}_micro", round(1e6 * mean))
+
+    def _hand_in(self) -> None:
+        """Send the copy to the average, in the background."""
+        learner = self.learner
+        if not learner.tokens or (self._pending is not None and not self._wait_for_pending()):
+            return
+        state, tokens, base = learner.state(), learner.tokens, self._master
+        last = learner.reports[-1]
+        report = {"loss": last.loss, "ce": last.ce, "accept": last.accept}
+        learner.tokens = 0
+        self._pending = self._background.submit(self._submit, base, state, tokens, report)
+
+    def _submit(self, base: int, state: dict[str, Any], tokens: int, report: dict[str, float]) -> None:
+        """The next window fetches what the average became, unless it is this copy itself."""
+        version = self._links.submit(base, state, tokens, report)
+        self._master = version if version == base + 1 else -1
+        self.board.master_version = version
+
+    def _settle(self) -> None:
+        """Take note of how the last call to the others ended, if it has."""
+        if self._pending is None or not self._pending.done():
+            return
+        pending, self._pending = self._pending, None
+        if (error := pending.exception()) is not None:
+            self._failed("link" if isinstance(error, LinkError) else type(error).__name__, error)
+
+    def _wait_for_pending(self) -> bool:
+        """Wait for the last call while the device is idle; whether it is done."""
+        while self._pending is not None and self._goes_on():
+            self._settle()
+            time.sleep(_POLL_S / 10)
+        return self._pending is None
+
+    def _failed(self, kind: str, error: BaseException) -> None:
+        self.failures[kind] += 1
+        self.board.failures += 1
+        self._retry_at = time.monotonic() + _RETRY_S
+        logger.error("tlt: the drafter's training pauses for %.0f s (%s): %s", _RETRY_S, kind, error)
+
+    def _enter(self, state: SpotState) -> None:
+        if self.board.state != state:
+            self.board.state = state
+            self._say(state)
