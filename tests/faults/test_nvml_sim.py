@@ -77,7 +77,7 @@ CASES = {
     "we compute alone": (
         (f"device {UUID}; process {OWN} mem=0.5", False, ""),
         (f"device {UUID} util=98; process {OWN}", True, ""),  # the driver has not sampled us yet
-        (f"device {UUID} util=98; process {OWN} sm=98", True, ""),
+        (f"device {UUID} util=98; process {OWN} sm=40", True, ""),  # its period is another than the device's
         (f"device {UUID} util=98; process {OWN} sm=97", False, ""),  # nor forgotten us
     ),
     "another computes beside us": (
@@ -120,14 +120,28 @@ def test_without_shares_utilisation_decides_and_then_who_is_new(detect: Detect) 
         f"device {UUID}; process {OTHER}; {NO_SHARES}",
         f"device {UUID} util=90; process {OTHER}; process {OWN}; {NO_SHARES}",
         f"device {UUID} util=90; process {OTHER}; process 301; process {OWN}; {NO_SHARES}",
-        f"device {UUID}; process {OTHER}; process 301; {NO_SHARES}",
+        f"device {UUID} util=10; process {OTHER}; process 301; {NO_SHARES}",
         f"device {UUID} util=90; process {OTHER}; process 301; {NO_SHARES}",
+        f"device {UUID} util=10; process {OTHER}; process 302; {NO_SHARES}",  # nobody computes yet
+        f"device {UUID} util=90; process {OTHER}; process 302; {NO_SHARES}",
     )
-    steps = [{"training": training} for training in (False, False, True, True, False, True)]
+    steps = [{"training": training} for training in (False, False, True, True, False, True, True, True)]
     played = detect(trace, steps)
-    assert causes(played) == ["utilisation", "", "", "other_process", "", ""]
+    assert causes(played) == ["utilisation", "", "", "other_process", "", "", "", "other_process"]
     assert "process 301 came to" in played.said[3]["reason"]
     assert played.log.count("utilisation by process, which is left out") == 1
+
+
+def test_without_utilisation_shares_decide(detect: Detect) -> None:
+    untold = "error nvmlDeviceGetUtilizationRates 3"
+    trace = moments(
+        f"device {UUID}; process {OTHER}; {untold}",
+        f"device {UUID}; process {OTHER} sm=40; {untold}",
+        f"device {UUID}; process {OTHER}; process {OWN} sm=90; {untold}",
+        f"device {UUID}; process {OTHER} sm=11; process {OWN} sm=80; {untold}",
+    )
+    steps = [{"training": training} for training in (False, False, True, True)]
+    assert causes(detect(trace, steps)) == ["", "other_process", "", "other_process"]
 
 
 def test_a_container_in_which_we_have_another_pid(detect: Detect) -> None:
@@ -274,3 +288,4 @@ def test_nvml_that_fails_at_the_start_is_tried_again(detect: Detect, code: int, 
     assert causes(played) == ["nvml_error", "nvml_error", ""]
     assert played.said[0]["reason"].startswith(f"NVMLError_{name} (")
     assert [said["uuid"] for said in played.said] == [None, None, UUID]
+    assert [said["error"] for said in played.said] == [f"NVMLError_{name}"] * 2 + [None]

@@ -54,7 +54,8 @@ def detect(steps: list[dict[str, Any]], **settings: Any) -> None:
         board.beat_ns = round(now * 1e9)
         board.requests, board.phase = step.get("requests", board.requests), step.get("phase", board.phase)
         decision = detector.update(now, step.get("training"))
-        say(train=decision.train, cause=decision.cause, reason=decision.reason, uuid=probe.device.uuid)
+        error = probe.error and probe.error.name
+        say(train=decision.train, cause=decision.cause, reason=decision.reason, uuid=probe.device.uuid, error=error)
     return None
 
 

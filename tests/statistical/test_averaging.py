@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 V, H, T = 100, 32, 32
 SEQUENCES = 6  # of a step
+TOKENS = SEQUENCES * (T - 1)
 STEPS = 600  # of the one worker, and of two together
 TOLERANCE = 0.03
 SIZES = {"hidden_size": H, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -110,9 +111,15 @@ class Worker:
     def step(self) -> None:
         self.tokens += self._trainer.step(next(self._data)).tokens
 
-    def end(self) -> None:
+    @property
+    def overlapped(self) -> bool:
+        """Whether another copy was merged since this one began."""
+        return self._master.version > self._base
+
+    def end(self, forgets: bool = False) -> None:
         if self.tokens:
-            self._master.merge(self._base, self._trainer.state_dict(copies=False), self.tokens)
+            base = self._master.version if forgets else self._base
+            self._master.merge(base, self._trainer.state_dict(copies=False), self.tokens)
 
 
 def untrained() -> Coordination:
@@ -143,14 +150,47 @@ def in_rounds(every: int) -> float:
     return held_out_loss(master.state())
 
 
-if __name__ == "__main__":
-    import sys
-    import time
+def leaving(seed: int, forgets: bool = False) -> tuple[float, dict[str, int]]:
+    """Two workers that come and go at random, until as many tokens are merged as one worker's steps have.
 
+    In each tick of time a worker that trains makes a step. Its window lasts 0 to 39 ticks (with none, it contributes
+    nothing) and the pause behind it 0 to 19, so copies overlap in every way and by different amounts. In one of ten
+    windows the worker dies, and what it learnt is lost with it.
+
+    Args:
+        forgets: the negative control: every copy replaces the master, and what was merged since its base is lost.
+    """
+    chance, master, data = random.Random(seed), untrained(), iter(packs())
+    workers = [Worker(master, number, data) for number in range(2)]
+    left, trains = [0, chance.randrange(20)], [False, False]
+    counts = {"windows": 0, "empty": 0, "lost": 0, "overlapped": 0}
+    while master.tokens < STEPS * TOKENS:
+        for i, worker in enumerate(workers):
+            if left[i] > 0:
+                left[i] -= 1
+                if trains[i]:
+                    worker.step()
+                continue
+            if trains[i]:
+                counts["windows"] += 1
+                counts["empty"] += worker.tokens == 0
+                counts["overlapped"] += worker.overlapped
+                if chance.random() < 0.1:
+                    counts["lost"] += 1
+                else:
+                    worker.end(forgets)
+            else:
+                worker.begin()
+            trains[i] = not trains[i]
+            left[i] = chance.randrange(40 if trains[i] else 20)
+    return held_out_loss(master.state()), counts
+
+
+if __name__ == "__main__":
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    packs()
-    print("data", time.perf_counter() - begin)
-    for n in map(int, sys.argv[1:]):
-        begin = time.perf_counter()
-        print(n, alone(n), time.perf_counter() - begin)
+    for n in (STEPS, STEPS // 2, STEPS // 4):
+        print("alone", n, [round(alone(n, f), 4) for f in (0, STEPS, STEPS // 2)])
+    for e in (5, 10, 25, 50):
+        print("rounds", e, in_rounds(e))
+    for seed in range(4):
+        print("leaving", seed, *leaving(seed), "control", leaving(seed, True)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,21 @@ def test_every_option_has_help():
     assert [key for key, _ in options()] == [
         "drafter.path",
         "drafter.algorithm",
+        "drafter.hot_vocab",
         "strategy.arms",
         "tap.enable",
         "tap.buffer_gb",
         "tap.max_tokens_per_step",
+        "spot.enable",
+        "spot.idle_ms",
+        "spot.yield_ms",
+        "spot.micro_batch_tokens",
+        "spot.lr",
+        "spot.buffer_gb",
+        "gate.held_out",
+        "gate.tokens",
+        "gate.every_s",
+        "gate.least",
         "debug.fingerprint",
     ]
     for key, item in options():
@@ -72,6 +84,17 @@ def test_values_are_read_from_dicts_and_omegaconf(node):
     assert config.debug.fingerprint is True
 
 
+def test_the_options_of_spot_training_and_of_the_gate_are_read_up_to_their_bounds():
+    spot = {"enable": True, "idle_ms": 1, "yield_ms": 0.5, "micro_batch_tokens": 1, "lr": 2.0e-4, "buffer_gb": 4}
+    gate = {"held_out": 0.5, "tokens": 1, "every_s": 1, "least": 1}
+    config = load_config({"spot": spot, "gate": gate, "drafter": {"hot_vocab": 0}})
+    assert dataclasses.asdict(config.spot) == spot and dataclasses.asdict(config.gate) == gate
+    assert isinstance(config.spot.idle_ms, float) and isinstance(config.gate.least, float)
+    assert config.drafter.hot_vocab == 0
+    assert load_config({"drafter": {"hot_vocab": 2048}}).drafter.hot_vocab == 2048
+    assert load_config({"drafter": {"hot_vocab": None}}).drafter.hot_vocab is None
+
+
 def test_interpolations_into_the_outer_configuration_are_resolved():
     outer = OmegaConf.create({"home": "/data", "tlt": {"drafter": {"path": "${home}/drafter"}}})
     assert load_config(outer.tlt).drafter.path == "/data/drafter"
@@ -94,10 +117,13 @@ def test_an_override_on_hydras_command_line_reads_as_written():
 @pytest.mark.parametrize(
     ("node", "parts"),
     [
-        ({"drafter": {"pth": "x"}}, ["drafter.pth", "'x'", "path, algorithm", f"Did you mean {PREFIX}.drafter.path?"]),
+        (
+            {"drafter": {"pth": "x"}},
+            ["drafter.pth", "'x'", "path, algorithm, hot_vocab", f"Did you mean {PREFIX}.drafter.path?"],
+        ),
         (
             {"drafters": {"path": "x"}},
-            [f"{PREFIX}.drafters:", "drafter, strategy, tap, debug", f"mean {PREFIX}.drafter?"],
+            [f"{PREFIX}.drafters:", "drafter, strategy, tap, spot, gate, debug", f"mean {PREFIX}.drafter?"],
         ),
         ({"fingerprint": True}, [f"{PREFIX}.fingerprint:", "Did you mean the option debug.fingerprint?"]),
         ({"zzz": 1}, [f"{PREFIX}.zzz: unknown key (got 1)"]),
@@ -117,6 +143,27 @@ def test_an_override_on_hydras_command_line_reads_as_written():
         ({"tap": {"buffer_gb": 0}}, ["tap.buffer_gb: got 0.0", "a number above 0"]),
         ({"tap": {"max_tokens_per_step": 1.5}}, ["tap.max_tokens_per_step: got 1.5 (float)", "above 0"]),
         ({"tap": {"max_tokens_per_step": True}}, ["tap.max_tokens_per_step: got True (bool)", "above 0"]),
+        ({"drafter": {"hot_vocab": -1}}, ["drafter.hot_vocab: got -1", "a number of 0 or more, or null"]),
+        ({"drafter": {"hot_vocab": 2048.0}}, ["drafter.hot_vocab: got 2048.0 (float)", "0 or more, or null"]),
+        ({"drafter": {"hot_vocab": True}}, ["drafter.hot_vocab: got True (bool)", "0 or more, or null"]),
+        ({"spot": {"enable": "on"}}, ["spot.enable: got 'on' (str)", "true or false"]),
+        ({"spot": {"idle_ms": 0}}, ["spot.idle_ms: got 0.0", "a number above 0"]),
+        ({"spot": {"yield_ms": -50}}, ["spot.yield_ms: got -50.0", "a number above 0"]),
+        ({"spot": {"yield_ms": float("inf")}}, ["spot.yield_ms: got inf", "a number above 0"]),
+        ({"spot": {"micro_batch_tokens": 0}}, ["spot.micro_batch_tokens: got 0", "a number above 0"]),
+        ({"spot": {"micro_batch_tokens": 1.5}}, ["spot.micro_batch_tokens: got 1.5 (float)", "a number above 0"]),
+        ({"spot": {"lr": float("nan")}}, ["spot.lr: got nan", "a number above 0"]),
+        ({"spot": {"lr": "1e-3"}}, ["spot.lr: got '1e-3' (str)", "a number above 0"]),
+        ({"spot": {"buffer_gb": 0.0}}, ["spot.buffer_gb: got 0.0", "a number above 0"]),
+        ({"spot": {"enabled": True}}, ["spot.enabled: unknown key", f"Did you mean {PREFIX}.spot.enable?"]),
+        ({"idle_ms": 100}, [f"{PREFIX}.idle_ms: unknown key", "Did you mean the option spot.idle_ms?"]),
+        ({"gate": {"held_out": 0}}, ["gate.held_out: got 0.0", "above 0, below 1"]),
+        ({"gate": {"held_out": 1.0}}, ["gate.held_out: got 1.0", "above 0, below 1"]),
+        ({"gate": {"held_out": float("nan")}}, ["gate.held_out: got nan", "above 0, below 1"]),
+        ({"gate": {"tokens": 0}}, ["gate.tokens: got 0", "a number above 0"]),
+        ({"gate": {"every_s": 0}}, ["gate.every_s: got 0.0", "a number above 0"]),
+        ({"gate": {"least": 0.9}}, ["gate.least: got 0.9", "1 or more"]),
+        ({"gate": {"least": float("inf")}}, ["gate.least: got inf", "1 or more"]),
         ({"strategy": {"arms": [3]}}, ["strategy.arms: got [3] (list)", "a list of one strategy"]),
         ({"strategy": {"arms": []}}, ["strategy.arms: got 0 arms", "exactly one"]),
         ({"strategy": {"arms": ["off", "eagle:3x1@4"]}}, ["strategy.arms: got 2 arms", "exactly one"]),

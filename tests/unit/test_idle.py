@@ -154,13 +154,18 @@ def test_our_cpu_time_is_counted_with_our_childrens(whose: str, core: int, reque
 def test_processes_that_come_and_go_are_survived(core: int) -> None:
     own: set[int] = set()
     meter = CoreMeter(lambda: own, {core})
-    meter.measure()
     for process in started(SPIN % core):
+        time.sleep(0.5)
+        meter.measure()
         own.add(process.pid)
-        time.sleep(0.05)
-        assert meter.measure() is not None
+        time.sleep(0.1)
+        free = meter.measure()
+        assert free is not None and free < 0.5  # what it computed before it was ours
+        time.sleep(0.1)
+        meter.measure()
     time.sleep(0.05)
-    assert 0 <= (meter.measure() or 0) <= 1  # what it had computed is not taken back
+    free = meter.measure()
+    assert free is not None and 0 <= free <= 1  # what it had computed is not taken back
     own.add(2**22 + 1)
     time.sleep(0.05)
     assert meter.measure() is not None

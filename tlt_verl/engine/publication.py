@@ -64,6 +64,11 @@ class PublishGap:
         """A forward pass has been launched; on a CPU it has ended."""
         self._ended = time.perf_counter()
 
+    def idle(self) -> None:
+        """The scheduler has nothing to do: a publication that came just now kept nobody waiting."""
+        if self._waiting:
+            self.seconds, self._waiting = 0.0, False
+
     def published(self) -> None:
         """A publication has come."""
         self._waiting = True

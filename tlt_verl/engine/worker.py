@@ -125,6 +125,7 @@ class TLTWorker(EAGLEWorkerV2):
 
     def on_idle(self) -> None:
         """Nothing is running: write what the tap has staged, and say so on the board."""
+        self._publish_gap.idle()
         if self._tap is not None:
             with self._tap_guard():
                 self._tap.write_all()

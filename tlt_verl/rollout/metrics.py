@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class EngineMetrics:
         return metrics
 
     @staticmethod
-    def _spot(metrics: dict[str, float], boards: Sequence[dict[str, int]]) -> None:
+    def _spot(metrics: dict[str, float], boards: Sequence[dict[str, Any]]) -> None:
         """What is not counted: `tlt/spot/harvest` is trained over idle time, of the step and of all replicas."""
         idle_s, trained_s = metrics.get("tlt/spot/idle_s", 0.0), metrics.get("tlt/spot/trained_s", 0.0)
         if idle_s > 0:
@@ -116,7 +117,10 @@ def _engine_counters(state: dict) -> dict[str, float]:
         "tlt/drafter/rejected": float(sum(drafter["rejected"].values())),
     }
     if "spot" in state:
-        counted |= {name: state["spot"][field] * scale for name, (field, scale) in _SPOT.items()}
+        spot = state["spot"]
+        counted |= {name: spot[field] * scale for name, (field, scale) in _SPOT.items()}
+        for kind, counts in spot.get("counts", {}).items():
+            counted |= {f"tlt/spot/{kind}/{cause}": float(count) for cause, count in counts.items()}
     names = ("segments", "tokens", "bytes", "dropped", "skipped", "overwritten", "failures")
     return counted | {f"tlt/tap/{name}": float(tap[name]) for name in names if name in tap}
 

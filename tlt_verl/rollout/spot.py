@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.5
 _ANSWER_S = 10.0
-_RESTART_S = 10.0
+_RESTART_S = 5.0
+_START_S = 120.0  # an actor's process imports torch, on cores that others want
 _LEAST_FREE_BYTES = 2 << 30
 _KEPT = (
     "CUDA_VISIBLE_DEVICES",
@@ -71,6 +72,7 @@ class SpotHost:
         self._restart_at = 0.0
         self._starts = 0
         self._said_by_coordinator: dict[str, float] = {}
+        self._said_by_worker: dict[str, Any] = {}
         self._has_missed = False
         self._beating = asyncio.create_task(self._beat_for_ever())
         board.step = -1
@@ -114,12 +116,13 @@ class SpotHost:
         """What the coordinator said of itself last."""
         return self._said_by_coordinator
 
-    def state(self) -> dict[str, int]:
-        """The board, the time that is still running included."""
-        values = self.board.values((*SERVER_FIELDS, *WORKER_FIELDS))
+    def state(self) -> dict[str, Any]:
+        """The board, the time that is still running included, and what the worker counted by cause."""
+        values: dict[str, Any] = self.board.values((*SERVER_FIELDS, *WORKER_FIELDS))
         if self._idle_since is not None:
             values["idle_ns"] += now_ns() - self._idle_since
-        return values | {"worker_starts": self._starts}
+        counts = {name: self._said_by_worker.get(name, {}) for name in ("not_idle", "stops", "failures")}
+        return values | {"worker_starts": self._starts, "counts": counts}
 
     async def stop(self) -> None:
         """End the task and the worker."""
@@ -172,10 +175,10 @@ class SpotHost:
             self._worker = await asyncio.to_thread(self._start_worker, self._coordinator)
             self._starts += 1
         try:
-            is_alive = await asyncio.wait_for(self._worker.alive.remote(), 6 * _ANSWER_S)
+            self._said_by_worker = await asyncio.wait_for(self._worker.report.remote(), _START_S)
         except (RayError, TimeoutError):
-            is_alive = False
-        if not is_alive:
+            self._said_by_worker = {"alive": False}
+        if not self._said_by_worker["alive"]:
             worker, self._worker = self._worker, None
             ray.kill(worker)
             raise RuntimeError("its worker has ended; another one is started")
@@ -208,7 +211,7 @@ def spot_host(server: Any, options: TLTConfig, drafters: Path, start: Path, boar
 
     def find_coordinator() -> Any:
         coordinator = create(coordinator_name(), folder=drafters / "coordinator", start=start)
-        ray.get(coordinator.register.remote(str(server.replica_rank), this, server.drafter_received), timeout=_ANSWER_S)
+        ray.get(coordinator.register.remote(str(server.replica_rank), this, server.drafter_received), timeout=_START_S)
         return coordinator
 
     def start_worker(coordinator: Any) -> Any:
@@ -259,6 +262,7 @@ def _service_options(
         board=str(board.path),
         rings=job_prefix(),
         device=get_platform().device_name,
+        server=os.getpid(),
         visible=None if on_cpu else os.environ["CUDA_VISIBLE_DEVICES"].split(",")[0],
         cores=cores,
         threads=cores,

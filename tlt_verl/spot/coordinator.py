@@ -5,9 +5,8 @@ rollout. When its process is killed, Ray starts it again and it goes on from the
 and servers outlive that, see `Coordination.recover`. Servers have to register again: the answers to `submit` and
 `publish` say when.
 
-State crosses Ray as dicts of torch tensors on the CPU. Whatever takes long runs in a thread, so that every call is
-answered while a disk is slow or a server hangs; every wait for another process has a bound. A disk that is full or
-read-only costs the checkpoints, and nothing else.
+State crosses Ray as dicts of torch tensors on the CPU. Whatever takes long runs in a thread, so that calls are answered
+while a disk is slow or a server hangs; every such wait has a bound. A full or read-only disk costs checkpoints only.
 """
 
 from __future__ import annotations
@@ -37,12 +36,11 @@ logger = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
-_DISK_S, _TELL_S = 300.0, 5.0
-"""Seconds after which a disk that has not taken a checkpoint, or a few numbers, counts as failed."""
+_DISK_S, _TELL_S = 300.0, 5.0  # after which a disk that has not taken a checkpoint, or a few numbers, has failed
 
 
 def create(
-    name: str, *, folder: str | Path, start: str | Path, namespace: str | None = None, answer_s: float = 90.0
+    name: str, *, folder: str | Path, start: str | Path, namespace: str | None = None, answer_s: float = 75.0
 ) -> Any:
     """The handle of a job's coordinator, which is started if there is none of this name.
 
@@ -68,6 +66,16 @@ class _Server:
     serves: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Publication:
+    """A drafter that passed the gate."""
+
+    version: int
+    weights: Mapping[str, torch.Tensor]
+    hot: torch.Tensor | None
+    accept_len: float | None
+
+
 class SpotCoordinator:
     """What the actor is made of. Made by `create`.
 
@@ -88,6 +96,7 @@ class SpotCoordinator:
         self._checkpoint_errors = 0
         self._answer_s = answer_s
         self._servers: dict[str, _Server] = {}
+        self._waiting: _Publication | None = None  # passed the gate, and no server has taken it yet
         self._state, self._publishing = asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_saving = self._has_changed = False
@@ -103,8 +112,6 @@ class SpotCoordinator:
         except (OSError, DrafterError) as error:
             self._failed_to_keep(error)
             return None
-
-    # --- workers ---
 
     async def fetch(self, version: int = -1, serving_version: int = 0) -> dict[str, Any]:
         """`Coordination.fetch`: what a window of training begins with."""
@@ -145,8 +152,6 @@ class SpotCoordinator:
             self._keep_soon()
         return chosen
 
-    # --- servers ---
-
     async def register(self, replica: str, server: Any, serves: int = 0) -> None:
         """Send publications to this server from now on, and the present one if it lacks that. Again is allowed.
 
@@ -164,7 +169,8 @@ class SpotCoordinator:
     ) -> dict[str, Any]:
         """Send a drafter that passed the gate to every server, all at once. One publication at a time.
 
-        A server that does not answer in time, or is dead, gets no more of them until it registers again.
+        A server that does not answer in time, or is dead, gets no more of them until it registers again. A drafter that
+        none takes (their engines may be asleep) does not serve yet; it waits for the first server that registers.
 
         Args:
             replica: whose worker trained it.
@@ -173,7 +179,7 @@ class SpotCoordinator:
             accept_len: tokens per verification, as the gate measured them.
 
         Returns:
-            `version`, of this drafter; `rejected`, reasons by replica; `serves`, False where all servers rejected it.
+            `version`, of this drafter; `rejected`, reasons by replica; `serves`, False where no server has taken it.
             Or the kind in `refused` (`shape`, `nan`, `hot`, ...) and its `reason`. And whether the replica is
             `registered`.
         """
@@ -185,14 +191,9 @@ class SpotCoordinator:
             async with self._state:
                 version = self._coordination.next_serving()
                 await self._tell()
-            servers = dict(self._servers)
-            rejected = await self._send(servers, version, weights, hot)
-            serves = not servers or len(rejected) < len(servers)
-            if serves:
-                async with self._state:
-                    await asyncio.to_thread(self._coordination.published, weights, version, accept_len)
-                self._keep_soon()
-        return {"version": version, "rejected": rejected, "serves": serves, **known}
+            self._waiting = _Publication(version, weights, hot, accept_len)
+            rejected = await self._send(dict(self._servers), self._waiting)
+        return {"version": version, "rejected": rejected, "serves": self._waiting is None, **known}
 
     async def _unfit(self, weights: Weights, hot: torch.Tensor | None) -> dict[str, str] | None:
         if problem := await asyncio.to_thread(weights_problem, weights, self._coordination.config):
@@ -208,27 +209,32 @@ class SpotCoordinator:
     async def _catch_up(self, replica: str) -> None:
         """Send what serves to a server that lacks it."""
         async with self._publishing:
-            server, master = self._servers.get(replica), self._coordination
-            version, weights = master.serving_version, master.serving
-            if server is None or weights is None or not master.to_send or server.serves >= version:
+            server, master, due = self._servers.get(replica), self._coordination, self._waiting
+            if due is None and master.to_send and master.serving is not None:
+                due = _Publication(master.serving_version, master.serving, master.hot, master.serving_accept_len)
+            if server is None or due is None or server.serves >= due.version:
                 return
-            for reason in (await self._send({replica: server}, version, weights, master.hot)).values():
-                logger.error("tlt: replica %s did not take drafter %d: %s", replica, version, reason)
+            for reason in (await self._send({replica: server}, due)).values():
+                logger.error("tlt: replica %s did not take drafter %d: %s", replica, due.version, reason)
 
-    async def _send(
-        self, servers: Mapping[str, _Server], version: int, weights: Weights, hot: torch.Tensor | None
-    ) -> dict[str, str]:
-        """Why each server that does not serve this drafter now does not, by replica."""
-        once = await asyncio.to_thread(ray.put, dict(weights))
-        asked = (self._ask(replica, server, version, once, hot) for replica, server in servers.items())
-        answers = zip(servers, await asyncio.gather(*asked), strict=True)
-        return {replica: reason for replica, reason in answers if reason is not None}
+    async def _send(self, servers: Mapping[str, _Server], drafter: _Publication) -> dict[str, str]:
+        """Why each server that does not serve this drafter now does not, by replica. It serves if one does."""
+        once = await asyncio.to_thread(ray.put, dict(drafter.weights))
+        answers = await asyncio.gather(*(self._ask(replica, drafter, once) for replica in servers))
+        rejected = {replica: why for replica, why in zip(servers, answers, strict=True) if why is not None}
+        if drafter is self._waiting and len(rejected) < len(servers):
+            async with self._state:
+                published = self._coordination.published
+                await asyncio.to_thread(published, drafter.weights, drafter.version, drafter.accept_len)
+            self._waiting = None
+            self._keep_soon()
+        return rejected
 
-    async def _ask(
-        self, replica: str, server: _Server, version: int, weights: Any, hot: torch.Tensor | None
-    ) -> str | None:
-        sent = server.handle.receive_drafter.remote(version, self._coordination.config, weights, hot)
+    async def _ask(self, replica: str, drafter: _Publication, weights: Any) -> str | None:
+        server = self._servers[replica]
+        what = (drafter.version, self._coordination.config, weights, drafter.hot)
         try:
+            sent = server.handle.receive_drafter.remote(*what)
             reason = await asyncio.wait_for(sent, self._answer_s)
         except RayTaskError as error:
             return f"it raised {error.cause}"
@@ -236,11 +242,8 @@ class SpotCoordinator:
             if self._servers.get(replica) is server:
                 del self._servers[replica]
             return f"it is gone: {error}" if isinstance(error, RayError) else f"no answer in {self._answer_s:g} s"
-        if reason is None:
-            server.serves = version
+        server.serves = drafter.version if reason is None else server.serves
         return reason
-
-    # --- checkpoints ---
 
     async def save(self, folder: str) -> str | None:
         """Write a checkpoint that `load` reads, beside one of verl's. Complete or not there, also after a crash.
@@ -275,7 +278,7 @@ class SpotCoordinator:
             if tensor_shapes(restored.config) != tensor_shapes(self._coordination.config):
                 return f"{folder} holds a drafter of other sizes than the one that serves"
             restored.continue_numbers(self._coordination.told())
-            self._coordination = restored
+            self._coordination, self._waiting = restored, None
             await self._tell()
         self._keep_soon()
         await asyncio.gather(*(self._catch_up(replica) for replica in list(self._servers)))
@@ -328,9 +331,7 @@ class SpotCoordinator:
 class Disk:
     """A coordinator's own folder: its checkpoints, and `told.json` with the numbers that were told since the last one.
 
-    Args:
-        folder: made when it is first written to.
-        run: names the job; what another one left there is not read.
+    It is made when it is first written to. What a job of another name (`run`) left there is not read.
     """
 
     def __init__(self, folder: Path, run: str) -> None:

@@ -114,7 +114,7 @@ class HostProbe:
         allowed: set[int] | None = None,
         window_s: float = 0.1,
         *,
-        tolerance: float = 0.3,
+        tolerance: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._meter = CoreMeter(own_pids, allowed, clock=clock)

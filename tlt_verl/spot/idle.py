@@ -128,10 +128,10 @@ class NvmlProbe:
     |                              | other process: other_process     | other_process                      |
 
     A process that is there and does not compute, such as a colocated policy's worker, does not block, but on MIG, where
-    NVML tells nothing of utilisation. Shares are also not used while we train and NVML has never listed us: in a
-    container with process ids of its own we could stand there under another one. What we hold is left out, and memory
-    is not asked for, where it cannot be told. Graphics and MPS clients show in the utilisation only. Where NVML fails,
-    the device is not idle, and it is tried again every `retry_s`.
+    NVML tells nothing of utilisation. While we train, shares are used only once the driver has told any and has listed
+    us: in a container with process ids of its own we could stand there under another one. What we hold is left out, and
+    memory is not asked for, where it cannot be told. Graphics and MPS clients show in the utilisation only. Where NVML
+    fails, the device is not idle, and it is tried again every `retry_s`.
 
     Args:
         device: one entry of CUDA_VISIBLE_DEVICES, see `tlt_verl.spot.nvml.Device`.
@@ -222,7 +222,7 @@ class NvmlProbe:
     def _computing(self, sample: Sample, known: set[int], strangers: set[int]) -> Reading | None:
         if sample.utilisation is not None and sample.utilisation <= self.most_utilisation:
             return None
-        if not sample.shares or (self.training and not self._names_us):
+        if sample.shares is None or (self.training and not (sample.shares and self._names_us)):
             return self._by_presence(sample, strangers)
         others = {pid: share for pid, share in sample.shares.items() if pid not in known}
         if sum(others.values()) > self.most_utilisation:

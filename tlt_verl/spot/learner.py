@@ -25,7 +25,7 @@ from tlt_verl.spot.micro import Packs, StepSize
 
 _GATE_TOKENS = 160  # of a held-out sample that are replayed at once: as much as a micro-step may take
 _REPORTS = 32
-_HOT_TOKENS = 1000  # counted tokens from which a hot vocabulary is chosen
+_HOT_TOKENS = 500  # counted tokens from which a hot vocabulary is chosen
 
 
 @dataclass(frozen=True, kw_only=True)

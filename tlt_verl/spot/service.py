@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tlt_verl.board import Board, Phase, SpotState
@@ -40,6 +41,7 @@ class ServiceOptions:
         board: the replica's board.
         rings: what the names of the job's rings begin with.
         device: where it trains, in torch's spelling.
+        server: process of the replica's server, whose children are the engine's.
         visible: one entry of CUDA_VISIBLE_DEVICES, None on the CPU.
         cores: of the host that the replica owns.
         threads: that the worker computes with.
@@ -53,6 +55,7 @@ class ServiceOptions:
     board: str
     rings: str
     device: str
+    server: int
     visible: str | None
     cores: int
     threads: int
@@ -74,6 +77,14 @@ def replica_state(board: Board) -> str:
     if phase is Phase.GENERATE:
         return "generating" if board.requests else "idle"
     return {Phase.STARTING: "starting", Phase.SYNC: "sync"}.get(phase, "policy")
+
+
+def _family(process: psutil.Process) -> set[int]:
+    """A process and all that descend from it; none of them when it has ended."""
+    try:
+        return {process.pid, *(child.pid for child in process.children(recursive=True))}
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def yield_to_all() -> None:
@@ -101,6 +112,7 @@ class SpotService:
         torch.set_num_threads(options.threads)
         self._options, self._board = options, Board(Path(options.board))
         own_pids = {os.getpid()}
+        server_process = psutil.Process(options.server)
         probes = (
             PhaseProbe(self._board),
             EngineProbe(self._board),
@@ -109,11 +121,13 @@ class SpotService:
                 cores=options.cores,
                 least_free_bytes=options.least_free_bytes,
                 own_pids=lambda: own_pids,
+                engine_pids=lambda: _family(server_process),
             ),
         )
+        self._detector = IdleDetector(probes, options.idle_s)
         self._worker = SpotWorker(
             self._board,
-            IdleDetector(probes, options.idle_s),
+            self._detector,
             SpotLearner(options.config, weights, options.learner, options.device),
             Rings(options.rings),
             RayLinks(options.replica, server, coordinator, int(options.config["vocab_size"])),
@@ -124,9 +138,14 @@ class SpotService:
         self._thread = threading.Thread(target=self._run, name="tlt-spot", daemon=True)
         self._thread.start()
 
-    def alive(self) -> bool:
-        """Whether the loop runs."""
-        return self._thread.is_alive()
+    def report(self) -> dict[str, Any]:
+        """Whether the loop runs, and counts by cause: readings that were not idle, ends of training, failures."""
+        return {
+            "alive": self._thread.is_alive(),
+            "not_idle": dict(self._detector.causes),
+            "stops": dict(self._detector.stops),
+            "failures": dict(self._worker.failures),
+        }
 
     def stop(self) -> None:
         """End the loop, and wait until it has."""

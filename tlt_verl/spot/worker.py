@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.01
 _RETRY_S = 5.0
+_AGAIN_S = 0.25
 _READ_AT_ONCE = 16  # segments
 _REFRESH_S = 1.0  # between two looks at the rings while training
 
@@ -126,6 +127,8 @@ class SpotWorker:
             if self._prepare():
                 self._enter(SpotState.TRAINING)
                 self._train(time.monotonic() + self.settings.window_s)
+            else:
+                self._retry_at = time.monotonic() + _AGAIN_S  # there may be more to learn from then
         finally:
             self._yield()
         self._hand_in()

@@ -1,0 +1,343 @@
+"""The spot coordinator as a real Ray actor: copies from several workers, servers that hang or die, and kill -9.
+
+The servers are actors that only record what they are sent: what a real one does with it is the publication's test. What
+these would catch: a wait without a bound, a version that is told twice, work that a death takes along, tensors that do
+not survive Ray, and a disk that stops training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.exceptions import RayError
+
+from tlt_verl.drafter.checkpoint import CheckpointWriter, latest, load_checkpoint
+from tlt_verl.drafter.eagle import drafter_config
+from tlt_verl.drafter.model import EagleDrafter
+from tlt_verl.drafter.packing import Sample
+from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, TrainerSettings
+from tlt_verl.spot.coordinator import create
+
+pytestmark = pytest.mark.slow
+
+V, H = 96, 32
+SIZES = {"hidden_size": H, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIG = drafter_config({"architectures": ["LlamaForCausalLM"], "vocab_size": V, "rms_norm_eps": 1e-5, **SIZES})
+REPORT = {"loss": 2.0, "ce": 1.5, "accept": 0.25}
+HOT = torch.tensor([1, 4, 9])
+ANSWER_S, HANGS_S = 4.0, 60.0
+UP_S = 60.0  # that a killed actor may take to be back: a Python process that imports torch
+
+
+@ray.remote(num_cpus=0)
+class Server:
+    """Records what it is sent, and answers as it is told."""
+
+    def __init__(self, reason: str | None = None, wait_s: float = 0.0) -> None:
+        self.reason, self.wait_s = reason, wait_s
+        self.received: list[tuple[int, dict, torch.Tensor | None]] = []
+
+    async def receive_drafter(self, version: int, config: dict, weights: dict, hot: torch.Tensor | None) -> str | None:
+        assert config == CONFIG
+        self.received.append((version, {name: tensor.clone() for name, tensor in weights.items()}, hot))
+        await asyncio.sleep(self.wait_s)
+        return self.reason
+
+    async def seen(self) -> list[tuple[int, dict, torch.Tensor | None]]:
+        return self.received
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, namespace="tlt", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Jobs:
+    """Begins coordinators with one start, and ends them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.actors: list[Any] = []
+        with CheckpointWriter(folder / "start") as writer:
+            writer.save(CONFIG, trainer().weights(torch.bfloat16), None, version=0)
+
+    def begin(self, own: Path | None = None) -> Any:
+        name, start = f"{self.folder.name}-{time.monotonic_ns()}", self.folder / "start" / "latest"
+        self.actors.append(create(name, folder=own or self.folder / "own", start=start, answer_s=ANSWER_S))
+        return self.actors[-1]
+
+    def end(self) -> None:
+        """End what was begun, and wait until the processes are gone, and their locks with them."""
+        while self.actors:
+            ray.kill(self.actors.pop())
+        until(lambda: not processes(), "a killed coordinator lives")
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    made = Jobs(tmp_path)
+    yield made
+    made.end()
+
+
+def trainer(seed: int = 0) -> DrafterTrainer:
+    generator = torch.Generator().manual_seed(7)
+    embed, head = (torch.randn(V, H, generator=generator) for _ in range(2))
+    torch.manual_seed(0)
+    drafter, settings = EagleDrafter(CONFIG), TrainerSettings(dtype="float32")
+    return DrafterTrainer(drafter, SharedTensors(embed, head), settings, seed=seed)
+
+
+def trained(seed: int, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The state after one more step, on a sample of this seed."""
+    training = trainer(seed)
+    if state is not None:
+        training.load_state_dict(training.state_dict() | state)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, V, (24,), generator=generator)
+    training.step([Sample(tokens, torch.randn(24, H, generator=generator), 4)])
+    return training.state_dict()
+
+
+def ask(method: Any, *args: Any) -> Any:
+    """The answer, from an actor that may be on its way back."""
+    deadline = time.monotonic() + UP_S
+    while True:
+        try:
+            return ray.get(method.remote(*args), timeout=UP_S)
+        except RayError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return len(one) == len(other) and all(map(same, one, other)) if isinstance(one, list) else one == other
+
+
+def processes() -> list[psutil.Process]:
+    """The coordinators' processes, among this test's own children."""
+    return [p for p in psutil.Process().children(recursive=True) if "SpotCoordinator" in command(p)]
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def kill_9() -> None:
+    """Kill the one coordinator that runs."""
+    (process,) = processes()
+    process.send_signal(signal.SIGKILL)
+
+
+def test_copies_are_averaged_and_go_back_to_trainers(jobs):
+    """One object of Ray's store is given twice: nothing may write to it."""
+    actor = jobs.begin()
+    first = ask(actor.fetch)
+    assert first["version"] == 0 and first["state"].keys() == {"drafter"}
+    copies = [ray.put(trained(seed, first["state"])) for seed in (1, 2)]
+    answers = [ask(actor.submit, str(i), 0, copies[i], tokens, REPORT) for i, tokens in ((0, 100), (1, 300), (0, 100))]
+    assert [(a["version"], a["share"]) for a in answers] == [(1, 1.0), (2, 0.75), (3, 0.2)]
+    assert not answers[0]["registered"]
+    one, two = (trained(seed, first["state"]) for seed in (1, 2))
+    assert same(ray.get(copies[0]), one) and same(ray.get(copies[1]), two)
+    state = ask(actor.fetch, 2)["state"]
+    for name, tensor in state["drafter"].items():
+        torch.testing.assert_close(tensor, 0.4 * one["drafter"][name] + 0.6 * two["drafter"][name], rtol=0, atol=1e-6)
+    assert ask(actor.fetch, 3)["state"] is None
+    training = trainer()
+    training.load_state_dict(state)
+    refused = ask(actor.submit, "0", 9, trained(3, state), 10, REPORT)
+    assert refused["refused"] == "base" and "takes 0 to 3" in refused["reason"]
+    metrics = ask(actor.metrics)
+    assert (metrics["tlt/spot/merged"], metrics["tlt/spot/refused"], metrics["tlt/drafter/tokens"]) == (3, 1, 500)
+    assert metrics["tlt/drafter/ce"] == 1.5 and metrics["tlt/spot/checkpoint_errors"] == 0
+
+
+def test_a_publication_reaches_every_server_and_who_rejects_it_is_named(jobs):
+    actor, takes, rejects = jobs.begin(), Server.remote(), Server.remote("the captured graphs have no room")
+    for replica, server in (("0", takes), ("1", rejects)):
+        ask(actor.register, replica, server)
+    weights = trainer(1).weights(torch.bfloat16)
+    answer = ask(actor.publish, "0", weights, HOT, 2.5)
+    assert answer == {
+        "version": 2,
+        "rejected": {"1": "the captured graphs have no room"},
+        "serves": True,
+        "registered": True,
+    }
+    for server in (takes, rejects):
+        ((version, received, hot),) = ask(server.seen)
+        assert version == 2 and same(received, weights) and torch.equal(hot, HOT)
+    fetched = ask(actor.fetch, -1, 0)
+    assert fetched["serving_version"] == 2 and same(fetched["serving"], weights) and torch.equal(fetched["hot"], HOT)
+    assert torch.equal(ask(actor.choose_hot, torch.tensor([2, 3])), HOT)
+    assert ask(actor.publish, "0", weights, torch.tensor([2, 3]), 2.5)["refused"] == "hot"
+    assert ask(actor.publish, "0", weights | {"fc.bias": torch.full((H,), torch.nan)}, HOT, 2.5)["refused"] == "nan"
+    assert len(ask(takes.seen)) == 1
+    ray.kill(takes)
+    answer = ask(actor.publish, "0", weights, HOT, 2.5)
+    assert answer["version"] == 3 and not answer["serves"] and answer["rejected"]["0"].startswith("it is gone")
+    assert ask(actor.fetch)["serving_version"] == 2  # nobody has taken version 3, as when all engines are asleep
+    awake = Server.remote()
+    ask(actor.register, "1", awake, 2)
+    until(lambda: ask(actor.fetch)["serving_version"] == 3, "who registers does not get what waits")
+    assert [version for version, *_ in ask(awake.seen)] == [3]
+    answer = ask(actor.publish, "0", weights, HOT, 2.5)
+    assert answer["version"] == 4 and answer["serves"] and not answer["registered"]
+
+
+def test_a_server_that_hangs_is_named_in_bounded_time(jobs):
+    actor, takes, hangs = jobs.begin(), Server.remote(), Server.remote(wait_s=HANGS_S)
+    for replica, server in (("0", takes), ("1", hangs)):
+        ask(actor.register, replica, server)
+    ask(takes.seen), ask(hangs.seen)  # both are up
+    weights = trainer(1).weights(torch.bfloat16)
+    begin = time.monotonic()
+    pending = actor.publish.remote("0", weights, None, 2.5)
+    until(lambda: len(ray.get(hangs.seen.remote())) == 1, "the publication has not begun")
+    asked = time.monotonic()
+    assert ask(actor.submit, "0", 0, trained(1), 10, REPORT)["version"] == 1  # nothing else waits for it
+    others_s = time.monotonic() - asked
+    answer = ray.get(pending, timeout=HANGS_S)
+    took_s = time.monotonic() - begin
+    print(f"\na server that hangs: publish took {took_s:.1f} s of {ANSWER_S:g} s and a call; others {others_s:.2f} s")
+    assert took_s < ANSWER_S + 5 and others_s < ANSWER_S
+    assert answer["rejected"] == {"1": f"no answer in {ANSWER_S:g} s"} and answer["serves"]
+    begin = time.monotonic()
+    assert ask(actor.publish, "0", weights, None, 2.5)["rejected"] == {}  # it is not asked again
+    assert time.monotonic() - begin < ANSWER_S
+    replacement = Server.remote()
+    ask(actor.register, "1", replacement)
+    until(lambda: [v for v, *_ in ask(replacement.seen)] == [3], "the new server did not get what serves")
+    ask(actor.register, "1", replacement, 3)
+    assert ask(actor.publish, "0", weights, None, 2.5)["version"] == 4
+    assert [version for version, *_ in ask(replacement.seen)] == [3, 4]
+
+
+def test_a_killed_coordinator_goes_on(jobs, tmp_path):
+    """Three kills, at random moments of a worker that hands in one copy after the other."""
+    actor, server, moments = jobs.begin(), Server.remote(), random.Random(1)
+    ask(actor.register, "0", server, 0)
+    state, base, tokens, told = ask(actor.fetch)["state"], 0, 0.0, 0
+    serving = ask(actor.publish, "0", trainer(1).weights(torch.bfloat16), None, 2.5)["version"]
+    back_s = []
+    for _ in range(3):
+        for _ in range(moments.randrange(2, 6)):
+            state = trained(base, state)
+            answer = ask(actor.submit, "0", base, state, 10, REPORT)
+            assert answer["version"] > base and answer["share"] == 1
+            base, tokens = answer["version"], ask(actor.metrics)["tlt/drafter/tokens"]
+            time.sleep(moments.uniform(0, 0.05))
+        told += 1
+        kill_9()
+        begin = time.monotonic()
+        fetched = ask(actor.fetch, base, serving)
+        back_s.append(time.monotonic() - begin)
+        assert fetched["version"] >= base and fetched["state"] is None and fetched["serving_version"] <= serving
+        assert ask(actor.metrics)["tlt/drafter/tokens"] >= tokens, "tokens went back"
+        answer = ask(actor.submit, "0", base, state, 10, REPORT)
+        assert answer["version"] > base and answer["share"] == 1 and not answer["registered"]
+        assert same(ask(actor.fetch)["state"], state), "what the worker had is not the master"
+        base = answer["version"]
+        ask(actor.register, "0", server, serving)
+        answer = ask(actor.publish, "0", trainer(base).weights(torch.bfloat16), None, 2.5)
+        assert answer["version"] > serving and answer["rejected"] == {}
+        serving = answer["version"]
+    versions = [version for version, *_ in ask(server.seen)]
+    assert versions == sorted(set(versions)), "a version was sent twice"
+    print(f"\nkilled {told} times; back after {', '.join(f'{s:.1f}' for s in back_s)} s; versions served {versions}")
+
+
+def test_a_recovered_master_is_the_last_checkpoint(jobs, tmp_path):
+    actor = jobs.begin()
+    state = trained(1)
+    ask(actor.submit, "0", 0, state, 10, REPORT)
+    until(lambda: kept(tmp_path / "own") == 1, "no checkpoint of version 1")
+    kill_9()
+    fetched = ask(actor.fetch)
+    assert fetched["version"] == 1 and same(fetched["state"], state)
+    assert ask(actor.metrics)["tlt/drafter/loss"] == 2.0
+    jobs.end()
+    fresh = jobs.begin()  # another job in the same folder begins with its own start
+    assert ask(fresh.fetch)["version"] == 0
+    for version in range(3):
+        ask(fresh.submit, "0", version, trained(2), 10, REPORT)
+    until(lambda: kept(tmp_path / "own") == 3, "the second job's checkpoint is not kept")
+    assert ask(fresh.metrics)["tlt/spot/checkpoint_errors"] == 0
+
+
+def kept(folder: Path) -> int:
+    """The master's version in the newest checkpoint; -1 without one."""
+    found = latest(folder)
+    return -1 if found is None else load_checkpoint(found).info["spot"]["version"]
+
+
+def test_a_disk_that_takes_nothing_does_not_stop_training(jobs, tmp_path):
+    folder = tmp_path / "file" / "own"
+    folder.parent.write_text("not a folder")  # an error for root too, whom a read-only folder lets pass
+    actor = jobs.begin(folder)
+    state = None
+    for version in range(3):
+        state = trained(version, state)
+        assert ask(actor.submit, "0", version, state, 10, REPORT)["version"] == version + 1
+    until(lambda: ask(actor.metrics)["tlt/spot/checkpoint_errors"] >= 2, "errors are not counted")
+    assert "Not a directory" in ask(actor.save, str(folder)) or "File exists" in ask(actor.save, str(folder))
+    kill_9()
+    assert ask(actor.submit, "0", 3, state, 10, REPORT)["version"] == 4  # what is lost here, the worker has
+    metrics = ask(actor.metrics)
+    assert metrics["tlt/spot/recovered"] == 1 and metrics["tlt/drafter/tokens"] == 10
+    folder.parent.unlink()
+    ask(actor.submit, "0", 4, state, 10, REPORT)
+    until(lambda: kept(folder) == 5, "the disk is back, and has no checkpoint")
+
+
+def test_a_run_is_resumed(jobs, tmp_path):
+    """As verl does it: the checkpoint of one job is loaded into the coordinator of the next."""
+    actor = jobs.begin()
+    state = trained(1)
+    ask(actor.submit, "0", 0, state, 10, REPORT)
+    weights = trainer(1).weights(torch.bfloat16)
+    ask(actor.publish, "0", weights, HOT, 2.75)
+    assert ask(actor.save, str(tmp_path / "verl" / "tlt")) is None
+    assert ask(actor.save, str(tmp_path / "verl" / "tlt")) is None  # a step that is saved again
+    metrics = ask(actor.metrics)
+    jobs.end()
+    resumed, server = jobs.begin(tmp_path / "other"), Server.remote()
+    ask(resumed.register, "0", server)
+    assert "no config.json" in ask(resumed.load, str(tmp_path)) and ask(resumed.fetch)["version"] == 0
+    assert ask(resumed.load, str(tmp_path / "verl" / "tlt")) is None
+    ((version, received, hot),) = ask(server.seen)
+    assert version == 2 and same(received, weights) and torch.equal(hot, HOT)
+    fetched = ask(resumed.fetch)
+    assert fetched["version"] == 1 and same(fetched["state"], state) and fetched["serving_version"] == 2
+    assert ask(resumed.metrics) == metrics
+    assert os.listdir(tmp_path / "verl" / "tlt") and ask(resumed.publish, "0", weights, HOT, 2.8)["version"] == 3
+    assert ask(resumed.submit, "0", 1, trained(2, state), 10, REPORT)["share"] == 1
