@@ -178,6 +178,12 @@ def test_a_mistake_names_the_key_the_value_and_what_is_taken(node, parts):
     assert all(part in text for part in parts), text
 
 
+def test_an_accept_length_that_no_drafter_can_reach_is_refused_before_anything_starts():
+    """One draft a verification makes two tokens at most: a gate that asks for more would never open."""
+    text = message({"gate": {"least": 2.5}, "spot": {"enable": True}, "strategy": {"arms": ["eagle:1x1@2"]}})
+    assert f"{PREFIX}.gate.least: got 2.5" in text
+
+
 def test_an_interpolation_that_leads_nowhere_names_the_node():
     assert message(OmegaConf.create({"drafter": {"path": "${nowhere}"}})).startswith(f"{PREFIX}: cannot be read")
 

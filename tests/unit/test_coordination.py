@@ -54,7 +54,8 @@ def start(trained: bool = False, **changes: Any) -> Checkpoint:
     training = trainer()
     if trained:
         training.step([sample(0)])
-    weights, state = training.weights(torch.bfloat16), training.state_dict() if trained else None
+    weights = dict(sorted(training.weights(torch.bfloat16).items()))  # as a file has them: not in the optimizer's order
+    state = training.state_dict() if trained else None
     fields = {"folder": Path("start"), "config": CONFIG, "weights": weights, "trainer_state": state}
     return Checkpoint(**fields | {"hot": None, "version": 0} | changes)
 

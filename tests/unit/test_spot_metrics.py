@@ -117,15 +117,15 @@ def test_the_gates_accept_length_is_the_best_that_was_measured():
 
 def test_causes_are_counted_one_by_one():
     def counts(**links: int) -> dict[str, Any]:
-        return spot() | {"counts": {"failures": links, "causes": {"requests": 3 * sum(links.values())}}}
+        return spot() | {"counts": {"failures": links, "stops": {"requests": 3 * sum(links.values())}}}
 
     metrics = EngineMetrics()
     first = metrics.step([state(counts(link=2)), state(counts(diverged=1)), state(spot())])
     assert first["tlt/spot/failures/link"] == 2 and first["tlt/spot/failures/diverged"] == 1
-    assert first["tlt/spot/causes/requests"] == 9
+    assert first["tlt/spot/stops/requests"] == 9
     second = metrics.step([state(counts(link=3)), state(counts(diverged=1, link=1))])
     assert second["tlt/spot/failures/link"] == 2, "one more of the one, and the first of the other"
-    assert second["tlt/spot/failures/diverged"] == 0 and second["tlt/spot/causes/requests"] == 6
+    assert second["tlt/spot/failures/diverged"] == 0 and second["tlt/spot/stops/requests"] == 6
 
 
 def test_without_spot_training_nothing_is_said_of_it():

@@ -222,7 +222,7 @@ def test_with_nothing_to_learn_from_it_takes_no_device(tmp_path):
 
 @pytest.mark.parametrize("what", ["nothing", "only what is held out"])
 def test_with_nothing_to_learn_from_the_log_and_the_counters_are_quiet(tmp_path, what, monkeypatch):
-    """It looks every 10 ms, and a replica may be idle for minutes before there is more. A pause is between two looks."""
+    """It looks every 10 ms, and a replica may be idle for minutes before there is more. Between two looks it pauses."""
     monkeypatch.setattr(worker_module, "_AGAIN_S", 3600.0)
     stage = Stage(tmp_path, segments=(), hot_size=0)
     if what != "nothing":

@@ -363,29 +363,28 @@ def _check_moments(entries: Mapping[str, Any], name: str, parameter: torch.Tenso
 
 def _take_in(master: dict[str, Any], copy: Mapping[str, Any], share: float) -> None:
     """Replace each tensor of the master by the mean. The copy was checked; the master may have no optimizer yet."""
-    _average(master["drafter"], copy["drafter"], tuple(copy["drafter"]), share)
+    master["drafter"] = _means(master["drafter"], copy["drafter"], tuple(copy["drafter"]), share)
     before = master.get("optimizer", {"state": {}})["state"]
     moments = {}
     for index, entries in copy["optimizer"]["state"].items():
-        moments[index] = dict(before.get(index, {}))
-        step = torch.as_tensor(entries["step"]).clone()
-        old_step = moments[index].get("step")
-        moments[index]["step"] = step if old_step is None else torch.maximum(step, torch.as_tensor(old_step))
-        before.pop(index, None)  # so that the old moments go as the new ones come
-        _average(moments[index], entries, _MOMENTS, share)
-    groups = [dict(group) for group in copy["optimizer"]["param_groups"]]
-    master["optimizer"] = {"state": moments, "param_groups": groups}
+        old = before.pop(index, {})
+        step = torch.maximum(torch.as_tensor(entries["step"]), torch.as_tensor(old.get("step", 0.0)))
+        moments[index] = {"step": step} | _means(old, entries, _MOMENTS, share)
+    master["optimizer"] = {"state": moments, "param_groups": _entries(copy["optimizer"])["param_groups"]}
     master["steps"] = max(copy["steps"], master.get("steps", 0))
     master["noise"] = copy["noise"].clone()
 
 
-def _average(master: dict[str, Any], copy: Mapping[str, Any], names: tuple[str, ...], share: float) -> None:
+def _means(
+    master: dict[str, Any], copy: Mapping[str, Any], names: tuple[str, ...], share: float
+) -> dict[str, torch.Tensor]:
+    """New tensors, in the copy's order, which the optimizer counts by. The master's go one by one as they come."""
+    means = {}
     for name in names:
-        old, new = master.get(name), copy[name].detach()
-        if old is None or share == 1:
-            master[name] = new.to(torch.float32, copy=True)
-        else:
-            master[name] = torch.lerp(old.to(torch.float32), new.to(torch.float32), share)
+        old, new = master.pop(name, None), copy[name].detach()
+        new = new.to(torch.float32, copy=True)
+        means[name] = new if old is None or share == 1 else torch.lerp(old.to(torch.float32), new, share)
+    return means
 
 
 def _entries(state: Mapping[str, Any]) -> dict[str, Any]:

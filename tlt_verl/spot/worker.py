@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class SpotWorker:
         self._candidate: dict[str, torch.Tensor] = {}
         self._since_gate_s = 0.0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="tlt-spot-links")
-        self._pending: Future[Any] | None = None
+        self._pending: deque[Future[Any]] = deque()  # calls to the others that have not been taken note of
         self._retry_at = 0.0
         self._has_device_since = 0  # by the board's clock; 0 while it is another's
         self.failures: Counter[str] = Counter()
@@ -137,13 +137,14 @@ class SpotWorker:
 
     def _prepare(self) -> bool:
         """Get segments, policy and master; whether there is something to train on and the device is still idle."""
-        if not self._read_rings() or (self._pending is not None and not self._wait_for_pending()):
+        if not self._read_rings() or not self._wait_for_pending():
             return False
         if self.learner.buffer.newest_version is None:
             return False
         if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
             policy = self._links.policy()
             self.learner.follow(policy.version, policy.embed, policy.head)
+            self._drop_judging()
         if not (self._take_master() and self._goes_on()):
             return False
         self._has_device_since = now_ns()
@@ -195,6 +196,7 @@ class SpotWorker:
             begun = now_ns()
             report = self.learner.micro_step()
             if report is None:
+                self._retry_at = time.monotonic() + _AGAIN_S
                 return
             self._since_gate_s += report.seconds
             board = self.board
@@ -209,7 +211,7 @@ class SpotWorker:
 
     def _gate_is_due(self) -> bool:
         self._settle()
-        return self._pending is None and self._since_gate_s >= self.settings.gate_every_s
+        return not self._pending and self._since_gate_s >= self.settings.gate_every_s
 
     def _judge(self) -> None:
         """One step of the gate. Training waits for its end: candidate and trainer are the same until then."""
@@ -231,7 +233,7 @@ class SpotWorker:
         logger.info("tlt: gate: %s", verdict.reason)
         if verdict.published:
             candidate, hot, accept_len = self._candidate, self.learner.hot, verdict.candidate_accept_len or 0.0
-            self._pending = self._background.submit(self._publish, candidate, hot, accept_len)
+            self._pending.append(self._background.submit(self._publish, candidate, hot, accept_len))
 
     def _publish(self, weights: dict[str, torch.Tensor], hot: torch.Tensor | None, accept_len: float) -> None:
         published = self._links.publish(weights, hot, accept_len)
@@ -269,13 +271,13 @@ class SpotWorker:
     def _hand_in(self) -> None:
         """Send the copy to the average, in the background."""
         learner = self.learner
-        if not learner.tokens or (self._pending is not None and not self._wait_for_pending()):
+        if not learner.tokens:
             return
         state, tokens, base = learner.state(), learner.tokens, self._master
         last = learner.reports[-1]
         report = {"loss": last.loss, "ce": last.ce, "accept": last.accept}
         learner.tokens = 0
-        self._pending = self._background.submit(self._submit, base, state, tokens, report)
+        self._pending.append(self._background.submit(self._submit, base, state, tokens, report))
 
     def _submit(self, base: int, state: dict[str, Any], tokens: int, report: dict[str, float]) -> None:
         """The next window fetches what the average became, unless it is this copy itself."""
@@ -284,19 +286,17 @@ class SpotWorker:
         self.board.master_version = version
 
     def _settle(self) -> None:
-        """Take note of how the last call to the others ended, if it has."""
-        if self._pending is None or not self._pending.done():
-            return
-        pending, self._pending = self._pending, None
-        if (error := pending.exception()) is not None:
-            self._failed("link" if isinstance(error, LinkError) else type(error).__name__, error)
+        """Take note of how the calls to the others ended that have."""
+        while self._pending and self._pending[0].done():
+            if (error := self._pending.popleft().exception()) is not None:
+                self._failed("link" if isinstance(error, LinkError) else type(error).__name__, error)
 
     def _wait_for_pending(self) -> bool:
-        """Wait for the last call while the device is idle; whether it is done."""
-        while self._pending is not None and self._goes_on():
+        """Wait for the calls to the others while the device is idle; whether all have ended, and well."""
+        while self._pending and self._goes_on():
             self._settle()
             time.sleep(_POLL_S / 10)
-        return self._pending is None
+        return not self._pending and time.monotonic() >= self._retry_at
 
     def _failed(self, kind: str, error: BaseException) -> None:
         self.failures[kind] += 1
