@@ -15,6 +15,7 @@ for the replica is this script, which writes the board as a server does. Prints 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -51,20 +52,25 @@ class LocalLinks:
         self.coordination, self._policy = coordination, policy
 
     def policy(self) -> Policy:
+        """See `Links`, as all of these."""
         return self._policy
 
     def fetch(self, version: int, serving_version: int) -> Master:
+        """The master."""
         answer = self.coordination.fetch(version, serving_version)
         names = ("version", "state", "hot", "serving_version", "serving")
         return Master(**{name: answer.get(name) for name in names})
 
     def choose_hot(self, hot: torch.Tensor) -> torch.Tensor:
+        """The hot vocabulary."""
         return self.coordination.choose_hot(hot)
 
     def submit(self, base: int, state: Any, tokens: int, report: Any) -> int:
+        """Merge a copy."""
         return self.coordination.merge(base, state, tokens, report).version
 
     def publish(self, weights: Any, hot: Any, accept_len: float) -> Published:
+        """Nobody serves here."""
         version = self.coordination.next_serving()
         self.coordination.published(weights, version, accept_len)
         return Published(version, {})
@@ -138,6 +144,10 @@ def work(board_path: Path, rings: str, hidden: int, vocab: int, yield_ms: float,
 def preempt(board: Board, process: psutil.Process, count: int, seed: int) -> tuple[list[float], list[float], int]:
     """Let requests come at random moments; yield times in ms, resident MB while busy, and how often none trained."""
     moments, times, memory, missed = random.Random(seed), [], [], 0
+    started_by = time.monotonic() + 120
+    while board.state == SpotState.STARTING and time.monotonic() < started_by:
+        board.beat_ns = now_ns()
+        time.sleep(0.05)
     while len(times) < count:
         deadline = time.monotonic() + 20
         while board.state != SpotState.TRAINING and time.monotonic() < deadline:
@@ -168,7 +178,7 @@ def jumps(losses: list[tuple[int, float]]) -> float:
     for window, loss in losses:
         windows.setdefault(window, []).append(loss)
     whole = [steps for _, steps in sorted(windows.items()) if len(steps) >= 8]
-    pairs = zip(whole, whole[1:], strict=False)
+    pairs = itertools.pairwise(whole)
     return max((statistics.mean(b[:8]) - statistics.mean(a[-8:]) for a, b in pairs), default=0.0)
 
 

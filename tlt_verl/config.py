@@ -274,6 +274,7 @@ def load_config(node: Mapping[str, Any] | DictConfig | None, prefix: str = PREFI
     _check_range(config.drafter, "hot_vocab", f"{prefix}.drafter", lambda size: size is None or size >= 0)
     _check_range(config.gate, "held_out", f"{prefix}.gate", lambda share: 0 < share < 1)
     _check_range(config.gate, "least", f"{prefix}.gate", lambda accept_len: 1 <= accept_len < float("inf"))
+    _check_least(config, f"{prefix}.gate.least")
     return config
 
 
@@ -366,6 +367,16 @@ def _check_range(section: Any, name: str, key: str, fits: Callable[[Any], bool])
     value = getattr(section, name)
     if not fits(value):
         raise ConfigError(f"{key}.{name}: got {value!r}, takes {_field(type(section), name).metadata['takes']}")
+
+
+def _check_least(config: TLTConfig, key: str) -> None:
+    """What no drafter can reach would keep every drafter from serving."""
+    for strategy in config.strategy.parsed():
+        if strategy.drafter != "off" and config.gate.least > strategy.num_steps + 1:
+            raise ConfigError(
+                f"{key}: got {config.gate.least}, takes at most {strategy.num_steps + 1}: {strategy} drafts "
+                f"{strategy.num_steps} tokens and the target adds one"
+            )
 
 
 def _check_arms(arms: list[str], key: str) -> None:

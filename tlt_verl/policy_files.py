@@ -100,7 +100,13 @@ def read_share(folder: Path, version: int, ranks: int, vocab_size: int) -> tuple
         fields = json.loads(about.read_text(encoding="utf-8"))
         rows, H = fields["shape"]
         sides = 1 if fields["tied"] else 2
-        flat = torch.from_file(str(data), shared=False, size=sides * rows * H, dtype=getattr(torch, fields["dtype"]))
+        try:
+            size = sides * rows * H
+            flat = torch.from_file(str(data), shared=False, size=size, dtype=getattr(torch, fields["dtype"]))
+        except RuntimeError as error:  # torch's word for a file that is gone or too short
+            if not data.exists():
+                return None  # the next version's writer came between
+            raise OSError(f"{data} cannot be read: {error}") from None
         shares.append(flat.view(sides, rows, H))
     whole = shares[0] if ranks == 1 else torch.cat(shares, dim=1)  # rows behind the last token are padding
     return whole[0][:vocab_size], whole[-1][:vocab_size]

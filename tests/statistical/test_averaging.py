@@ -1,7 +1,25 @@
 """Two workers whose copies are averaged, against one worker, at equal total tokens (issue 5, item 7).
 
 The real trainer and the real master, on a made target: a fixed Markov chain of order 2 over 100 tokens, whose features
-are a fixed function of the last two tokens and whose head gives the chain's own probabilities.
+are a fixed function of the last two tokens and whose head gives the chain's own probabilities. Seeds are fixed, so a
+result is the same in every run on one machine.
+
+Averaging halves the number of steps in a row, and lessens the noise of a step. What it costs hangs on which of the two
+holds the loss up. Measured here, 1,500 steps in all, loss of two over loss of one:
+
+    tokens a step   learning rate           in rounds   leaving at random   a master that forgets
+    62              4e-3                    +0.0%       -0.2%               +2.3%
+    62              6e-3                    -1.0%       -1.6%               +2.7%
+    186             6e-3                    +1.1%       +0.8%               +3.1%
+    186             3e-3                    +3.4%       +2.8%               +3.5%
+    186             1.5e-3                  +4.5%       +3.9%               +4.0%
+    186             3e-3, the one's 1.5e-3  +1.2%       +0.7%               +1.4%
+
+So two workers are worth one of twice the tokens a second where steps are small or the rate is high. Where the loss
+still falls with every step they need twice the rate (the last row; `lr_scale` of the trainer), or cost more than the 3%
+that is asked for. The test is the first row, with a bound of 1.6%: other moments of leaving have given up to +0.8%, and
+it sees a master that throws away what the other worker learnt (+2.3%) and half the tokens (+2.5%), which a bound of 3%
+would let pass.
 """
 
 from __future__ import annotations
@@ -26,10 +44,11 @@ from tlt_verl.spot.coordination import Coordination
 pytestmark = pytest.mark.slow
 
 V, H, T = 100, 32, 32
-SEQUENCES = 6  # of a step
+SEQUENCES = 2  # of a step
 TOKENS = SEQUENCES * (T - 1)
-STEPS = 600  # of the one worker, and of two together
-TOLERANCE = 0.03
+STEPS = 1500  # of the one worker, and of two together
+EVERY = 25  # steps between two averages
+BOUND = 0.016
 SIZES = {"hidden_size": H, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = drafter_config({"architectures": ["LlamaForCausalLM"], "vocab_size": V, "rms_norm_eps": 1e-5, **SIZES})
 
@@ -47,6 +66,15 @@ class World(NamedTuple):
         return torch.tanh(self.embed[tokens] @ self.now + self.embed[previous] @ self.before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small lose time on a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def world() -> World:
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +89,6 @@ def samples(count: int, seed: int) -> list[Sample]:
     """Sequences of T tokens, drawn from the chain."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, V, (count, 2), generator=generator)
-    features = world().features(tokens, torch.zeros_like(tokens)).unbind(1)
     while tokens.shape[1] < T:
         last = world().features(tokens[:, -1], tokens[:, -2])
         drawn = torch.multinomial((last @ world().head.T).softmax(-1), 1, generator=generator)
@@ -80,7 +107,7 @@ def packs() -> list[list[Sample]]:
 
 def trainer(seed: int) -> DrafterTrainer:
     torch.manual_seed(0)
-    shared, settings = SharedTensors(world().embed, world().head), TrainerSettings(dtype="float32")
+    shared, settings = SharedTensors(world().embed, world().head), TrainerSettings(dtype="float32", lr=4e-3)
     return DrafterTrainer(EagleDrafter(CONFIG), shared, settings, seed=seed)
 
 
@@ -186,11 +213,25 @@ def leaving(seed: int, forgets: bool = False) -> tuple[float, dict[str, int]]:
     return held_out_loss(master.state()), counts
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for n in (STEPS, STEPS // 2, STEPS // 4):
-        print("alone", n, [round(alone(n, f), 4) for f in (0, STEPS, STEPS // 2)])
-    for e in (5, 10, 25, 50):
-        print("rounds", e, in_rounds(e))
-    for seed in range(4):
-        print("leaving", seed, *leaving(seed), "control", leaving(seed, True)[0])
+def over_one(loss: float, what: str) -> float:
+    """A loss over the one worker's, less 1; printed."""
+    excess = loss / alone(STEPS) - 1
+    print(f"\n{what}: loss {loss:.4f}, one worker's {alone(STEPS):.4f}: {excess:+.2%}")
+    return excess
+
+
+def test_two_averaged_workers_learn_what_one_learns() -> None:
+    assert over_one(in_rounds(EVERY), f"two workers, averaged every {EVERY} steps") < BOUND
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_workers_that_leave_at_random_moments_do_not_spoil_it(seed: int) -> None:
+    loss, counts = leaving(seed)
+    assert over_one(loss, f"two workers that come and go, {counts}") < BOUND
+    assert counts["empty"] > 0 and counts["lost"] > 0 and counts["overlapped"] > 20, "nothing left at random"
+
+
+def test_a_master_that_forgets_and_half_the_tokens_are_seen() -> None:
+    """The negative controls: the bound is one that a wrong average does not meet."""
+    assert over_one(leaving(0, forgets=True)[0], "every copy replaces the master") > BOUND
+    assert over_one(alone(STEPS // 2), "one worker, half the tokens") > BOUND

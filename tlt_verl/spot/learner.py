@@ -137,7 +137,7 @@ class SpotLearner:
         self._offload.restore()
         state = {**self._trainer.state_dict(copies=False), **master}
         if "optimizer" not in master:
-            state = {**state, "optimizer": {**state["optimizer"], "state": {}}}
+            state = {**state, "optimizer": {**state["optimizer"], "state": {}}, "steps": 0}
         self._trainer.load_state_dict(state)
         self.hot, self.tokens = hot, 0
 

@@ -13,6 +13,10 @@ class LinkError(RuntimeError):
     """The coordinator or the engine does not answer. Training of the drafter waits; nothing else does."""
 
 
+class CopyRefused(LinkError):  # noqa: N818 - what happened, in the coordinator's word
+    """The coordinator will not merge this copy: the next window begins with the master."""
+
+
 @dataclass(frozen=True, eq=False)
 class Policy:
     """The policy's tensors that the drafter uses, on the host.

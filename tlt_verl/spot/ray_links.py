@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from tlt_verl.policy_files import read_share
-from tlt_verl.spot.links import LinkError, Master, Policy, Published
+from tlt_verl.spot.links import CopyRefused, LinkError, Master, Policy, Published
 
 _CALL_S = 10.0
 _PUBLISH_S = 90.0
@@ -38,7 +38,10 @@ class RayLinks:
         folder, version, ranks = self._get(self._server.share_policy.remote(), _POLICY_S, "the replica's server")
         end = time.monotonic() + _POLICY_S
         while time.monotonic() < end:
-            found = read_share(Path(folder), version, ranks, self._vocab_size)
+            try:
+                found = read_share(Path(folder), version, ranks, self._vocab_size)
+            except (OSError, ValueError) as error:
+                raise LinkError(f"the policy's embedding and head cannot be read: {error}") from error
             if found is not None:
                 return Policy(version, *found)
             time.sleep(_POLL_S)
@@ -65,7 +68,7 @@ class RayLinks:
             self._coordinator.submit.remote(str(self._replica), base, state, tokens, dict(report)), _CALL_S
         )
         if "refused" in answer:
-            raise LinkError(f"the coordinator refused a copy ({answer['refused']}): {answer['reason']}")
+            raise CopyRefused(f"the coordinator refused a copy ({answer['refused']}): {answer['reason']}")
         return answer["version"]
 
     def publish(self, weights: Mapping[str, torch.Tensor], hot: torch.Tensor | None, accept_len: float) -> Published:

@@ -31,6 +31,7 @@ class Rings:
     def __init__(self, prefix: str, folder: Path = SHM) -> None:
         self._prefix, self._folder = prefix, folder
         self._readers: dict[Path, SegmentReader] = {}
+        self._left_out: set[Path] = set()
         self._looked_at = -_LOOK_EVERY_S
         self.lost = self.torn = 0
 
@@ -60,10 +61,11 @@ class Rings:
     def _look(self) -> None:
         self._looked_at = time.monotonic()
         for path in find_rings(self._prefix, self._folder):
-            if path not in self._readers:
+            if path not in self._readers and path not in self._left_out:
                 try:
                     self._readers[path] = SegmentReader(path)
                 except FileNotFoundError:  # its writer has closed it just now
                     continue
                 except ValueError as error:
+                    self._left_out.add(path)
                     logger.warning("tlt: a ring is left out: %s", error)

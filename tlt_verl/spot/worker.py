@@ -27,7 +27,7 @@ from tlt_verl.segments import Segment
 from tlt_verl.spot.gate import Verdict
 from tlt_verl.spot.idle import IdleDetector
 from tlt_verl.spot.learner import SpotLearner
-from tlt_verl.spot.links import LinkError, Links
+from tlt_verl.spot.links import CopyRefused, LinkError, Links
 from tlt_verl.spot.rings import Rings
 
 logger = logging.getLogger(__name__)
@@ -252,6 +252,8 @@ class SpotWorker:
     def _yield(self) -> None:
         """Give the device back, and note how long that took from the moment at which it was asked for."""
         self._enter(SpotState.YIELDING)
+        if self.learner.device.type != "cpu":
+            self._drop_judging()  # it holds tensors of the device
         self.learner.release()
         board = self.board
         if self._has_device_since and board.needed_ns > self._has_device_since:
@@ -271,6 +273,8 @@ class SpotWorker:
     def _hand_in(self) -> None:
         """Send the copy to the average, in the background."""
         learner = self.learner
+        if self._master < 0:
+            learner.tokens = 0  # of a copy that is of no use
         if not learner.tokens:
             return
         state, tokens, base = learner.state(), learner.tokens, self._master
@@ -281,7 +285,11 @@ class SpotWorker:
 
     def _submit(self, base: int, state: dict[str, Any], tokens: int, report: dict[str, float]) -> None:
         """The next window fetches what the average became, unless it is this copy itself."""
-        version = self._links.submit(base, state, tokens, report)
+        try:
+            version = self._links.submit(base, state, tokens, report)
+        except CopyRefused:
+            self._master = -1
+            raise
         self._master = version if version == base + 1 else -1
         self.board.master_version = version
 
