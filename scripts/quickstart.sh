@@ -47,6 +47,12 @@ for override in "$@"; do
 done
 overrides=(actor_rollout_ref.rollout.name="$rollout" trainer.total_training_steps="$steps"
   trainer.n_gpus_per_node="$replicas" trainer.experiment_name="$name")
+if [ "$replicas" -gt 1 ]; then # the ranks and the engines share the machine's memory, too
+  tokens=$((2048 / replicas > 1024 ? 2048 / replicas : 1024))
+  overrides+=(actor_rollout_ref.actor.ppo_max_token_len_per_gpu=$tokens
+    actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=$tokens
+    actor_rollout_ref.rollout.engine_kwargs.sglang.max_total_tokens=$((65536 / replicas)))
+fi
 if [ "$rollout" = sglang ]; then
   overrides+=(+actor_rollout_ref.rollout.engine_kwargs.sglang.attention_backend=torch_native '~actor_rollout_ref.rollout.custom.tlt')
 elif [ "$warmup" != 0 ]; then

@@ -214,7 +214,7 @@ class GateConfig:
         metadata=_about("Training time between two judgements of one worker, in seconds.", "a number above 0"),
     )
     least: float = field(
-        default=1.2,
+        default=2.0,
         metadata=_about("Accept length that the first drafter must reach, where nothing is drafted yet.", "1 or more"),
     )
 
