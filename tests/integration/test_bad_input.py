@@ -71,7 +71,7 @@ def drafter(name: str, *says: str) -> Mistake:
 
 MISTAKES = {
     "unknown key": Mistake(
-        (f"{TLT}.foo: unknown key (got 1)", "takes drafter, strategy, tap, debug"),
+        (f"{TLT}.foo: unknown key (got 1)", "takes drafter, strategy, tap, spot, gate, debug"),
         (f"+{TLT}.foo=1",),
     ),
     "misspelt key": Mistake(

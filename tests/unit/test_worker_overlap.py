@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tlt_verl.engine import tap_batch
+from tlt_verl.engine.publication import PublishGap
 from tlt_verl.engine.tap import Tap
 from tlt_verl.engine.worker import TLTWorker
 from tlt_verl.segments import SegmentReader, SegmentWriter
@@ -42,7 +43,7 @@ def worker(tmp_path):
     writer = SegmentWriter("overlap", hidden_width=W, slots=64, slot_tokens=4, folder=tmp_path)
     made = object.__new__(TLTWorker)
     made._tap = Tap(writer, slot_tokens=4, max_tokens_per_step=1 << 30)
-    made._tap_failures = 0
+    made._tap_failures, made._board, made._publish_gap = 0, None, PublishGap()
     with contextlib.closing(writer), contextlib.closing(SegmentReader(writer.path)) as made.reader:
         yield made
 
