@@ -21,19 +21,13 @@ import pytest
 import ray
 import torch
 from ray.exceptions import RayError
+from small_trainer import CONFIG, H, sample, trainer
 
 from tlt_verl.drafter.checkpoint import CheckpointWriter, latest, load_checkpoint
-from tlt_verl.drafter.eagle import drafter_config
-from tlt_verl.drafter.model import EagleDrafter
-from tlt_verl.drafter.packing import Sample
-from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, TrainerSettings
 from tlt_verl.spot.coordinator import create
 
 pytestmark = pytest.mark.slow
 
-V, H = 96, 32
-SIZES = {"hidden_size": H, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-CONFIG = drafter_config({"architectures": ["LlamaForCausalLM"], "vocab_size": V, "rms_norm_eps": 1e-5, **SIZES})
 REPORT = {"loss": 2.0, "ce": 1.5, "accept": 0.25}
 HOT = torch.tensor([1, 4, 9])
 ANSWER_S, HANGS_S = 8.0, 60.0
@@ -93,22 +87,12 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     made.end()
 
 
-def trainer(seed: int = 0) -> DrafterTrainer:
-    generator = torch.Generator().manual_seed(7)
-    embed, head = (torch.randn(V, H, generator=generator) for _ in range(2))
-    torch.manual_seed(0)
-    drafter, settings = EagleDrafter(CONFIG), TrainerSettings(dtype="float32")
-    return DrafterTrainer(drafter, SharedTensors(embed, head), settings, seed=seed)
-
-
 def trained(seed: int, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """The state after one more step, on a sample of this seed."""
     training = trainer(seed)
     if state is not None:
         training.load_state_dict(training.state_dict() | state)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, V, (24,), generator=generator)
-    training.step([Sample(tokens, torch.randn(24, H, generator=generator), 4)])
+    training.step([sample(seed)])
     return training.state_dict()
 
 

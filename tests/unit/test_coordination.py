@@ -14,19 +14,13 @@ from typing import Any
 import pytest
 import torch
 from sampled_target import one_thread
+from small_trainer import CONFIG, H, V, sample, trainer
 
 from tlt_verl.drafter.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
-from tlt_verl.drafter.eagle import DrafterError, drafter_config
-from tlt_verl.drafter.model import EagleDrafter
-from tlt_verl.drafter.packing import Sample
-from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, TrainerSettings
+from tlt_verl.drafter.eagle import DrafterError
 from tlt_verl.spot.coordination import HISTORY, Coordination, SubmissionRefused
 from tlt_verl.spot.links import Master
 
-V, H = 96, 32
-SIZES = {"hidden_size": H, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-TARGET = {"architectures": ["LlamaForCausalLM"], "vocab_size": V, "rms_norm_eps": 1e-5, **SIZES}
-CONFIG = drafter_config(TARGET)
 HOT = torch.tensor([0, 5, 17, 95])
 
 
@@ -34,20 +28,6 @@ HOT = torch.tensor([0, 5, 17, 95])
 def quiet() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def sample(seed: int, T: int = 24) -> Sample:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, V, (T,), generator=generator)
-    return Sample(tokens, torch.randn(T, H, generator=generator), 4)
-
-
-def trainer(seed: int = 0) -> DrafterTrainer:
-    generator = torch.Generator().manual_seed(7)
-    embed, head = (torch.randn(V, H, generator=generator) for _ in range(2))
-    torch.manual_seed(0)
-    drafter, settings = EagleDrafter(CONFIG), TrainerSettings(dtype="float32")
-    return DrafterTrainer(drafter, SharedTensors(embed, head), settings, seed=seed)
 
 
 def start(trained: bool = False, **changes: Any) -> Checkpoint:

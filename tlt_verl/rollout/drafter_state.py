@@ -50,7 +50,7 @@ def _ask(method: Any, folder: Path, what: str) -> None:
     if problem is None:
         print(f"tlt: the drafter {what} {folder}", flush=True)
     else:
-        logger.error("tlt: the drafter was not %s %s: %s", what, folder, problem)
+        logger.error("tlt: not so that the drafter %s %s: %s", what, folder, problem)
 
 
 def _find() -> Any:

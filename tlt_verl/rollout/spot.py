@@ -25,7 +25,7 @@ from tlt_verl.config import TLTConfig
 from tlt_verl.drafter.checkpoint import load_checkpoint
 from tlt_verl.spot.coordinator import create
 from tlt_verl.spot.learner import LearnerSettings
-from tlt_verl.spot.service import ServiceOptions, SpotService, event, replica_state
+from tlt_verl.spot.service import ServiceOptions, SpotService, replica_state, say
 from tlt_verl.spot.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -124,13 +124,6 @@ class SpotHost:
         counts = {name: self._said_by_worker.get(name, {}) for name in ("not_idle", "stops", "failures")}
         return values | {"worker_starts": self._starts, "counts": counts}
 
-    async def stop(self) -> None:
-        """End the task and the worker."""
-        self.board.phase = Phase.STOPPED
-        self._beating.cancel()
-        if self._worker is not None:
-            ray.kill(self._worker)
-
     def _note(self) -> None:
         """Keep the time in which the device was idle, and say what has changed."""
         now, is_idle = now_ns(), self.board.phase == Phase.GENERATE and self.board.requests == 0
@@ -142,8 +135,7 @@ class SpotHost:
         state = replica_state(self.board)
         if state != self._said:
             self._said = state
-            step = self.board.step if self.board.step >= 0 else None
-            print(event(f"replica {self._replica}", state, step), flush=True)
+            say(self._replica, state, self.board)
 
     # --- worker and coordinator
 
@@ -243,7 +235,6 @@ def _service_options(
 ) -> ServiceOptions:
     spot, gate, on_cpu = options.spot, options.gate, get_platform().device_name == "cpu"
     (strategy,) = options.strategy.parsed()
-    cores = _cores_of_a_replica(server)
     learner = LearnerSettings(
         step_s=spot.yield_ms / 1e3,
         most_rows=spot.micro_batch_tokens,
@@ -264,8 +255,7 @@ def _service_options(
         device=get_platform().device_name,
         server=os.getpid(),
         visible=None if on_cpu else os.environ["CUDA_VISIBLE_DEVICES"].split(",")[0],
-        cores=cores,
-        threads=cores,
+        cores=_cores_of_a_replica(),
         least_free_bytes=_LEAST_FREE_BYTES,
         idle_s=spot.idle_ms / 1e3,
         config=config,
@@ -283,7 +273,7 @@ def _ends(model_config: Any) -> set[int]:
     return ends - {None}
 
 
-def _cores_of_a_replica(server: Any) -> int:
+def _cores_of_a_replica() -> int:
     """Cores of this host that one replica owns: as many as an engine computes with, or its share of the host's."""
     allowed = len(os.sched_getaffinity(0))
     told = os.environ.get("OMP_NUM_THREADS", "")

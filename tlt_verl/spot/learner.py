@@ -5,7 +5,6 @@ Knows segments, samples, the trainer and the gate; not when the device is idle, 
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tlt_verl.drafter.hot import covering_size, hot_vocabulary
 from tlt_verl.drafter.model import EagleDrafter
 from tlt_verl.drafter.offload import Offload
 from tlt_verl.drafter.packing import Sample
+from tlt_verl.drafter.snapshot import HostCopy
 from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, StepReport, TrainerSettings
 from tlt_verl.segments import Segment
 from tlt_verl.spot.gate import Gate, Verdict
@@ -143,7 +143,7 @@ class SpotLearner:
 
     def state(self) -> dict[str, Any]:
         """Copies of the trainer's state, on the host. Also after `release`."""
-        return _on_host(self._trainer.state_dict(copies=False))
+        return HostCopy().take(self._trainer.state_dict(copies=False))
 
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The drafter's tensors as they would serve, on the host."""
@@ -216,13 +216,3 @@ def _pieces(sample: Sample) -> list[Sample]:
         )
         for at in cuts
     ]
-
-
-def _on_host(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: _on_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_on_host(value) for value in state)
-    return copy.copy(state)

@@ -43,8 +43,7 @@ class ServiceOptions:
         device: where it trains, in torch's spelling.
         server: process of the replica's server, whose children are the engine's.
         visible: one entry of CUDA_VISIBLE_DEVICES, None on the CPU.
-        cores: of the host that the replica owns.
-        threads: that the worker computes with.
+        cores: of the host that the replica owns; the worker computes with as many threads.
         least_free_bytes: device memory that training takes.
         idle_s: see `IdleDetector`.
         config: the drafter's `config.json`.
@@ -58,7 +57,6 @@ class ServiceOptions:
     server: int
     visible: str | None
     cores: int
-    threads: int
     least_free_bytes: int
     idle_s: float
     config: Mapping[str, Any]
@@ -66,9 +64,10 @@ class ServiceOptions:
     worker: WorkerSettings
 
 
-def event(lane: str, state: str, step: int | None) -> str:
-    """A line of the run's log from which `tlt_verl.report.timeline` draws."""
-    return f"{EVENT} " + json.dumps({"t": round(time.monotonic(), 6), "lane": lane, "state": state, "step": step})
+def say(replica: int, state: str, board: Board) -> None:
+    """Print the line of the run's log from which `tlt_verl.report.timeline` draws."""
+    said = {"t": round(time.monotonic(), 6), "lane": f"replica {replica}", "state": state}
+    print(f"{EVENT} {json.dumps({**said, 'step': board.step if board.step >= 0 else None})}", flush=True)
 
 
 def replica_state(board: Board) -> str:
@@ -109,7 +108,7 @@ class SpotService:
     ) -> None:
         logging.basicConfig(level=logging.INFO)
         yield_to_all()
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.cores)
         self._options, self._board = options, Board(Path(options.board))
         own_pids = {os.getpid()}
         server_process = psutil.Process(options.server)
@@ -134,7 +133,6 @@ class SpotService:
             options.worker,
             self._say,
         )
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tlt-spot", daemon=True)
         self._thread.start()
 
@@ -147,14 +145,9 @@ class SpotService:
             "failures": dict(self._worker.failures),
         }
 
-    def stop(self) -> None:
-        """End the loop, and wait until it has."""
-        self._stop.set()
-        self._thread.join()
-
     def _run(self) -> None:
         try:
-            self._worker.run(self._stop.is_set)
+            self._worker.run(lambda: False)  # it ends with its process
         except Exception:
             logger.exception("tlt: the spot worker of replica %d has ended", self._options.replica)
 
@@ -162,6 +155,4 @@ class SpotService:
         """Print what the replica does now: training and yielding are this process's to say."""
         name = {SpotState.TRAINING: "training", SpotState.YIELDING: "yielding", SpotState.BUSY: ""}.get(state)
         if name is not None:
-            step = self._board.step if self._board.step >= 0 else None
-            lane = f"replica {self._options.replica}"
-            print(event(lane, name or replica_state(self._board), step), flush=True)
+            say(self._options.replica, name or replica_state(self._board), self._board)

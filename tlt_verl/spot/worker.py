@@ -101,23 +101,18 @@ class SpotWorker:
 
     def tick(self) -> None:
         """Look once, and train for as long as the device is idle."""
-        self.board.worker_beat_ns = now_ns()
         self._settle()
-        if time.monotonic() < self._retry_at or not self.board.allowed:
-            return
-        if not self._detector.update(time.monotonic()).train:
+        if time.monotonic() < self._retry_at or not self._goes_on():
             return
         try:
             self._window()
         except LinkError as error:
-            self._failed("link", error)
-        except DrafterDiverged as error:
-            self._master = -1  # its copy is of no use to anybody
-            self._failed("diverged", error)
+            self._failed(error)
         except Exception as error:  # dies alone: the run goes on, the log and the counters say why
-            self._master = -1
-            logger.exception("tlt: the spot worker failed")
-            self._failed(type(error).__name__, error)
+            self._master = -1  # its copy is of no use to anybody
+            if not isinstance(error, DrafterDiverged):
+                logger.exception("tlt: the spot worker failed")
+            self._failed(error)
 
     def _window(self) -> None:
         """From idle to yielded. The device's memory is free again however this ends."""
@@ -297,7 +292,7 @@ class SpotWorker:
         """Take note of how the calls to the others ended that have."""
         while self._pending and self._pending[0].done():
             if (error := self._pending.popleft().exception()) is not None:
-                self._failed("link" if isinstance(error, LinkError) else type(error).__name__, error)
+                self._failed(error)
 
     def _wait_for_pending(self) -> bool:
         """Wait for the calls to the others while the device is idle; whether all have ended, and well."""
@@ -306,7 +301,9 @@ class SpotWorker:
             time.sleep(_POLL_S / 10)
         return not self._pending and time.monotonic() >= self._retry_at
 
-    def _failed(self, kind: str, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> None:
+        kinds = ((LinkError, "link"), (DrafterDiverged, "diverged"))
+        kind = next((kind for of, kind in kinds if isinstance(error, of)), type(error).__name__)
         self.failures[kind] += 1
         self.board.failures += 1
         self._retry_at = time.monotonic() + _RETRY_S
