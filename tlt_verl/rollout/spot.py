@@ -148,7 +148,7 @@ class SpotHost:
                 continue
             try:
                 await self._look_after()
-            except Exception as error:  # the rollout goes on; said, counted, and tried again
+            except Exception as error:  # the rollout goes on; said, and tried again
                 self.board.allowed = 0
                 self._restart_at = asyncio.get_running_loop().time() + _RESTART_S
                 logger.error("tlt: spot training of replica %d pauses: %s", self._replica, error)
