@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import psutil
 
 from tlt_verl.report.console import is_training_step, parse_step
 
@@ -14,8 +19,21 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "integration"
 
 
-def run(task: Path, *overrides: str, timeout_s: int = 440) -> tuple[list[dict[str, float]], str]:
-    """Run the trainer; returns the steps' metrics and the whole output. A run that fails shows its end."""
+def run(
+    task: Path,
+    *overrides: str,
+    timeout_s: float = 440,
+    more: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
+    meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
+) -> tuple[list[dict[str, float]], str]:
+    """Run the trainer; returns the steps' metrics and the whole output. A run that fails shows its end.
+
+    Args:
+        more: variables of its environment.
+        before: the command that starts it, which becomes it.
+        meanwhile: is called once it has started; it grows `task/stdout.log` and `task/stderr.log`.
+    """
     environment = {
         **os.environ,
         "VERL_PLATFORM": "cpu",
@@ -45,14 +63,32 @@ def run(task: Path, *overrides: str, timeout_s: int = 440) -> tuple[list[dict[st
     ]
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", str(ROOT / "configs")]
     command += ["--config-name", "smollm2_cpu", *base, *overrides]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s
-    )
-    output = result.stdout + result.stderr
+    end = time.monotonic() + timeout_s
+    logs = [task / "stdout.log", task / "stderr.log"]
+    with logs[0].open("w") as out, logs[1].open("w") as err:
+        process = subprocess.Popen(
+            [*before, *command], cwd=ROOT, env=environment | dict(more or {}), stdout=out, stderr=err
+        )
+        try:
+            meanwhile(process)
+            process.wait(max(0.0, end - time.monotonic()))
+        finally:
+            _end(process)
+    output = "".join(log.read_text(errors="replace") for log in logs)
     (task / "output.log").write_text(output)
-    assert result.returncode == 0, output[-6000:]
+    assert process.returncode == 0, output[-6000:]
     steps = [step[1] for line in output.splitlines() if (step := parse_step(line))]
     return [metrics for metrics in steps if is_training_step(metrics)], output
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill the run with all that descends from it, where it has not ended."""
+    if process.poll() is None:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(30)
 
 
 def fingerprints(output: str) -> list[str]:

@@ -43,7 +43,10 @@ class SpotState(IntEnum):
 
 
 # Who writes a field: the server's actor, the engine's scheduler (rank 0), or the spot worker.
-SERVER_FIELDS = ("requests", "phase", "step", "beat_ns", "needed_ns", "allowed", "idle_ns")
+SERVER_FIELDS = (
+    *("requests", "phase", "step", "beat_ns", "needed_ns", "allowed", "idle_ns"),
+    *("share_given", "share_version"),
+)
 ENGINE_FIELDS = ("engine_busy", "policy_version")
 WORKER_FIELDS = (
     "state",
@@ -64,6 +67,7 @@ WORKER_FIELDS = (
     "gate_rejected",
     "gate_accept_micro",
     "judged_ns",
+    "share_wanted",
 )
 _FIELDS = ("magic", *SERVER_FIELDS, *ENGINE_FIELDS, *WORKER_FIELDS)
 _PLACES = {name: place for place, name in enumerate(_FIELDS)}
@@ -79,9 +83,12 @@ class Board:
         needed_ns       when the device was last asked for: the first request, or another phase
         allowed         1 while the coordinator answers
         idle_ns         time in which the replica had its device and no request
+        share_given     the last `share_wanted` for which the engine was asked to write the policy's tensors
+        share_version   of the policy whose tensors it writes; set before `share_given`
         engine_busy     1 from a batch's result until the scheduler finds nothing to do
         policy_version  of the weights that the engine computes with
         state           of `SpotState`; the rest are the worker's counters since its start, floats in millionths
+        share_wanted    a counter too: how often the worker has asked for the policy's tensors
 
     Args:
         path: of the file, which `create` has made.

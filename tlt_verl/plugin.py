@@ -32,8 +32,10 @@ def verl_plugin() -> None:
     from tlt_verl.patches import (
         verl_checkpoint,
         verl_early_validation,
+        verl_policy_events,
         verl_rollout_adapter,
         verl_rollout_replica,
+        verl_separate_log,
         verl_step_metrics,
     )
     from tlt_verl.patches.after_import import after_import
@@ -47,6 +49,8 @@ def verl_plugin() -> None:
         (verl_rollout_adapter, (NAME, "tlt_verl.rollout.adapter.TLTAdapter")),
         (verl_step_metrics, (NAME, _step_metrics, _engine_metrics())),
         (verl_checkpoint, (NAME, _save_drafter, _load_drafter)),
+        (verl_policy_events, (NAME, _say_policy)),
+        (verl_separate_log, ()),
     )
     for patch, parts in later:
         after_import(patch.MODULE, partial(_guarded, _install, patch.SEAM, *parts))
@@ -145,6 +149,12 @@ def _load_drafter(checkpoint: str) -> None:
     from tlt_verl.rollout import drafter_state
 
     drafter_state.load(checkpoint)
+
+
+def _say_policy(config: Any, state: str, step: int) -> None:
+    from tlt_verl.rollout import policy_events
+
+    policy_events.say_policy(config, state, step)
 
 
 def sglang_plugin() -> None:

@@ -1,13 +1,14 @@
 """The spot coordinator as a real Ray actor: copies from several workers, servers that hang or die, and kill -9.
 
-The servers are actors that only record what they are sent: what a real one does with it is the publication's test. What
-these would catch: a wait without a bound, a version that is told twice, work that a death takes along, tensors that do
-not survive Ray, and a disk that stops training.
+The servers are actors around a real `Subscriber` that only record what they are sent: what a real one does with it is
+the publication's test. What these would catch: a wait without a bound, a version that is told twice, work that a death
+takes along, tensors that do not survive Ray, and a disk that stops training.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -25,31 +26,56 @@ from small_trainer import CONFIG, H, sample, trainer
 
 from tlt_verl.drafter.checkpoint import CheckpointWriter, latest, load_checkpoint
 from tlt_verl.spot.coordinator import create
+from tlt_verl.spot.process import upstream
+from tlt_verl.spot.subscriber import Subscriber
 
 pytestmark = pytest.mark.slow
 
 REPORT = {"loss": 2.0, "ce": 1.5, "accept": 0.25}
 HOT = torch.tensor([1, 4, 9])
-ANSWER_S, HANGS_S = 8.0, 60.0
+ANSWER_S, HANGS_S, BEAT_S = 8.0, 60.0, 0.1
 UP_S = 60.0  # that a killed actor may take to be back: a Python process that imports torch
 
 
 @ray.remote(num_cpus=0)
 class Server:
-    """Records what it is sent, and answers as it is told."""
+    """Asks as a replica's server does, records what it is sent, and answers as it is told."""
 
-    def __init__(self, reason: str | None = None, wait_s: float = 0.0) -> None:
-        self.reason, self.wait_s = reason, wait_s
+    def __init__(
+        self, name: str, replica: str, reason: str | None = None, wait_s: float = 0.0, serves: int = 0
+    ) -> None:
+        self.name, self.reason, self.wait_s, self.awake = name, reason, wait_s, True
         self.received: list[tuple[int, dict, torch.Tensor | None]] = []
+        self.subscriber = Subscriber(replica, self.receive, lambda: self.awake)
+        self.subscriber.serves, self.beats, self.failures = serves, 0, 0
 
-    async def receive_drafter(self, version: int, config: dict, weights: dict, hot: torch.Tensor | None) -> str | None:
+    async def receive(self, version: int, config: dict, weights: dict, hot: torch.Tensor | None) -> str | None:
         assert config == CONFIG
         self.received.append((version, {name: tensor.clone() for name, tensor in weights.items()}, hot))
         await asyncio.sleep(self.wait_s)
         return self.reason
 
+    async def begin(self) -> None:
+        self.asking = asyncio.create_task(self.ask_for_ever())
+
+    async def ask_for_ever(self) -> None:
+        while True:
+            try:
+                await self.subscriber.beat(ray.get_actor(self.name))
+                self.beats += 1
+            except (RayError, TimeoutError, ValueError):  # the coordinator is killed, or being started
+                self.failures += 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.subscriber.has_news.wait(), BEAT_S)
+
+    async def wake(self, awake: bool) -> None:
+        self.awake = awake
+
     async def seen(self) -> list[tuple[int, dict, torch.Tensor | None]]:
         return self.received
+
+    async def beaten(self) -> int:
+        return self.beats
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,16 +91,28 @@ class Jobs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.actors: list[Any] = []
+        self.servers: list[Any] = []
+        self.name = ""
         with CheckpointWriter(folder / "start") as writer:
             writer.save(CONFIG, trainer().weights(torch.bfloat16), None, version=0)
 
     def begin(self, own: Path | None = None) -> Any:
-        name, start = f"{self.folder.name}-{time.monotonic_ns()}", self.folder / "start" / "latest"
-        self.actors.append(create(name, folder=own or self.folder / "own", start=start, answer_s=ANSWER_S))
+        self.name, start = f"{self.folder.name}-{time.monotonic_ns()}", self.folder / "start" / "latest"
+        self.actors.append(create(self.name, folder=own or self.folder / "own", start=start, answer_s=ANSWER_S))
         return self.actors[-1]
+
+    def serve(self, replica: str, **options: Any) -> Any:
+        """A server that has asked: its start is not the coordinator's to wait for."""
+        server = Server.remote(self.name, replica, **options)
+        self.servers.append(server)
+        ask(server.begin)
+        heard_twice(server)
+        return server
 
     def end(self) -> None:
         """End what was begun, and wait until the processes are gone, and their locks with them."""
+        while self.servers:
+            ray.kill(self.servers.pop())
         while self.actors:
             ray.kill(self.actors.pop())
         until(lambda: not processes(), "a killed coordinator lives")
@@ -108,11 +146,10 @@ def ask(method: Any, *args: Any) -> Any:
             time.sleep(0.1)
 
 
-def serve(*args: Any, **options: Any) -> Any:
-    """A server that is up: the bound on its answers is not for its start."""
-    server = Server.remote(*args, **options)
-    ask(server.seen)
-    return server
+def heard_twice(server: Any) -> None:
+    """Wait until the coordinator knows what the server says of itself now."""
+    before = ask(server.beaten)
+    until(lambda: ask(server.beaten) >= before + 2, "the coordinator does not answer")
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -156,7 +193,8 @@ def test_copies_are_averaged_and_go_back_to_trainers(jobs):
     copies = [ray.put(trained(seed, first["state"])) for seed in (1, 2)]
     answers = [ask(actor.submit, str(i), 0, copies[i], tokens, REPORT) for i, tokens in ((0, 100), (1, 300), (0, 100))]
     assert [(a["version"], a["share"]) for a in answers] == [(1, 1.0), (2, 0.75), (3, 0.2)]
-    assert not answers[0]["registered"]
+    assert answers[0].keys() == {"version", "share"}
+    assert ask(actor.__ray_call__, lambda _: upstream()) == [], "the coordinator imports what it does not need"
     one, two = (trained(seed, first["state"]) for seed in (1, 2))
     assert same(ray.get(copies[0]), one) and same(ray.get(copies[1]), two)
     state = ask(actor.fetch, 2)["state"]
@@ -173,19 +211,16 @@ def test_copies_are_averaged_and_go_back_to_trainers(jobs):
 
 
 def test_a_publication_reaches_every_server_and_who_rejects_it_is_named(jobs):
-    actor, takes, rejects = jobs.begin(), serve(), serve("the captured graphs have no room")
-    for replica, server in (("0", takes), ("1", rejects)):
-        ask(actor.register, replica, server)
+    actor = jobs.begin()
+    takes, rejects = jobs.serve("0"), jobs.serve("1", reason="the captured graphs have no room")
     weights = trainer(1).weights(torch.bfloat16)
+    begin = time.monotonic()
     answer = ask(actor.publish, "0", weights, HOT, 2.5)
-    assert answer == {
-        "version": 2,
-        "rejected": {"1": "the captured graphs have no room"},
-        "serves": True,
-        "registered": True,
-    }
+    print(f"\na publication took {time.monotonic() - begin:.2f} s")
+    assert answer == {"version": 2, "rejected": {"1": "the captured graphs have no room"}, "serves": True}
     for server in (takes, rejects):
-        ((version, received, hot),) = ask(server.seen)
+        heard_twice(server)
+        ((version, received, hot),) = ask(server.seen)  # who has rejected it is not asked again
         assert version == 2 and same(received, weights) and torch.equal(hot, HOT)
     fetched = ask(actor.fetch, -1, 0)
     assert fetched["serving_version"] == 2 and same(fetched["serving"], weights) and torch.equal(fetched["hot"], HOT)
@@ -193,22 +228,33 @@ def test_a_publication_reaches_every_server_and_who_rejects_it_is_named(jobs):
     assert ask(actor.publish, "0", weights, torch.tensor([2, 3]), 2.5)["refused"] == "hot"
     assert ask(actor.publish, "0", weights | {"fc.bias": torch.full((H,), torch.nan)}, HOT, 2.5)["refused"] == "nan"
     assert len(ask(takes.seen)) == 1
-    ray.kill(takes)
+
+
+def test_a_drafter_that_nobody_takes_waits_for_who_wakes_and_who_is_dead_is_forgotten(jobs):
+    actor = jobs.begin()
+    weights = trainer(1).weights(torch.bfloat16)
+    server, dies = jobs.serve("0"), jobs.serve("1")
+    ask(server.wake, False)
+    heard_twice(server)
+    ray.kill(dies)
+    begin = time.monotonic()
     answer = ask(actor.publish, "0", weights, HOT, 2.5)
-    assert answer["version"] == 3 and not answer["serves"] and answer["rejected"]["0"].startswith("it is gone")
-    assert ask(actor.fetch)["serving_version"] == 2  # nobody has taken version 3, as when all engines are asleep
-    awake = serve()
-    ask(actor.register, "1", awake, 2)
-    until(lambda: ask(actor.fetch)["serving_version"] == 3, "who registers does not get what waits")
-    assert [version for version, *_ in ask(awake.seen)] == [3]
-    answer = ask(actor.publish, "0", weights, HOT, 2.5)
-    assert answer["version"] == 4 and answer["serves"] and not answer["registered"]
+    took_s = time.monotonic() - begin
+    assert took_s < ANSWER_S + 5 and not answer["serves"] and answer["rejected"].keys() == {"0", "1"}
+    assert answer["rejected"]["0"] == "its engine is asleep" and ask(actor.fetch)["serving_version"] == 1
+    until(lambda: ask(actor.publish, "0", weights, HOT, 2.5)["rejected"].keys() == {"0"}, "the dead one is waited for")
+    assert not ask(server.seen)
+    ask(server.wake, True)
+    until(lambda: ask(actor.fetch)["serving_version"] > 1, "who wakes does not get what waits")
+    ((version, *_),) = ask(server.seen)
+    assert version == ask(actor.fetch)["serving_version"]
+    new = jobs.serve("2")
+    until(lambda: [v for v, *_ in ask(new.seen)] == [version], "the new server did not get what serves")
 
 
 def test_a_server_that_hangs_is_named_in_bounded_time(jobs):
-    actor, takes, hangs = jobs.begin(), serve(), serve(wait_s=HANGS_S)
-    for replica, server in (("0", takes), ("1", hangs)):
-        ask(actor.register, replica, server)
+    actor = jobs.begin()
+    takes, hangs = jobs.serve("0"), jobs.serve("1", wait_s=HANGS_S)
     weights = trainer(1).weights(torch.bfloat16)
     begin = time.monotonic()
     pending = actor.publish.remote("0", weights, None, 2.5)
@@ -222,20 +268,15 @@ def test_a_server_that_hangs_is_named_in_bounded_time(jobs):
     assert took_s < ANSWER_S + 5 and others_s < ANSWER_S
     assert answer["rejected"] == {"1": f"no answer in {ANSWER_S:g} s"} and answer["serves"]
     begin = time.monotonic()
-    assert ask(actor.publish, "0", weights, None, 2.5)["rejected"] == {}  # it is not asked again
-    assert time.monotonic() - begin < ANSWER_S
-    replacement = serve()
-    ask(actor.register, "1", replacement)
-    until(lambda: [v for v, *_ in ask(replacement.seen)] == [3], "the new server did not get what serves")
-    ask(actor.register, "1", replacement, 3)
-    assert ask(actor.publish, "0", weights, None, 2.5)["version"] == 4
-    assert [version for version, *_ in ask(replacement.seen)] == [3, 4]
+    assert ask(actor.publish, "0", weights, None, 2.5)["serves"]
+    assert time.monotonic() - begin < ANSWER_S, "it is waited for again"
+    assert [version for version, *_ in ask(takes.seen)] == [2, 3] and len(ask(hangs.seen)) == 1
 
 
 def test_a_killed_coordinator_goes_on(jobs, tmp_path):
     """Three kills, at random moments of a worker that hands in one copy after the other."""
-    actor, server, moments = jobs.begin(), serve(), random.Random(1)
-    ask(actor.register, "0", server, 0)
+    actor, moments = jobs.begin(), random.Random(1)
+    server = jobs.serve("0")
     state, base, tokens, told = ask(actor.fetch)["state"], 0, 0.0, 0
     serving = ask(actor.publish, "0", trainer(1).weights(torch.bfloat16), None, 2.5)["version"]
     back_s = []
@@ -254,10 +295,10 @@ def test_a_killed_coordinator_goes_on(jobs, tmp_path):
         assert fetched["version"] >= base and fetched["state"] is None and fetched["serving_version"] <= serving
         assert ask(actor.metrics)["tlt/drafter/tokens"] >= tokens, "tokens went back"
         answer = ask(actor.submit, "0", base, state, 10, REPORT)
-        assert answer["version"] > base and answer["share"] == 1 and not answer["registered"]
+        assert answer["version"] > base and answer["share"] == 1
         assert same(ask(actor.fetch)["state"], state), "what the worker had is not the master"
         base = answer["version"]
-        ask(actor.register, "0", server, serving)
+        heard_twice(server)  # it asks the new one by itself
         answer = ask(actor.publish, "0", trainer(base).weights(torch.bfloat16), None, 2.5)
         assert answer["version"] > serving and answer["rejected"] == {}
         serving = answer["version"]
@@ -315,14 +356,14 @@ def test_a_run_is_resumed(jobs, tmp_path):
     state = trained(1)
     ask(actor.submit, "0", 0, state, 10, REPORT)
     weights = trainer(1).weights(torch.bfloat16)
-    ask(actor.register, "0", serve())
+    jobs.serve("0")
     assert ask(actor.publish, "0", weights, HOT, 2.75)["serves"]
     assert ask(actor.save, str(tmp_path / "verl" / "tlt")) is None
     assert ask(actor.save, str(tmp_path / "verl" / "tlt")) is None  # a step that is saved again
     metrics = ask(actor.metrics)
     jobs.end()
-    resumed, server = jobs.begin(tmp_path / "other"), serve()
-    ask(resumed.register, "0", server)
+    resumed = jobs.begin(tmp_path / "other")
+    server = jobs.serve("0")
     assert "no config.json" in ask(resumed.load, str(tmp_path)) and ask(resumed.fetch)["version"] == 0
     assert ask(resumed.load, str(tmp_path / "verl" / "tlt")) is None
     ((version, received, hot),) = ask(server.seen)

@@ -48,7 +48,9 @@ def test_a_drafter_is_trained_while_the_replica_is_idle_and_comes_back_with_the_
     last = steps[-1]
     assert sum(step["tlt/spot/trained_s"] for step in steps) > 0
     assert all(0 <= step["tlt/spot/trained_s"] <= step["tlt/spot/idle_s"] for step in steps)
-    assert sum(step["tlt/spot/failures"] for step in steps) == 0
+    assert sum(step["tlt/spot/failures"] + step["tlt/spot/host_failures"] for step in steps) == 0
+    for who in ("worker of replica 0", "coordinator"):
+        assert re.search(rf"tlt: the spot {who} is up with \d+ MB, imported of upstream: nothing", output), who
     assert last["tlt/drafter/tokens"] > 0 and last["tlt/spot/merged"] > 0
     assert last["tlt/drafter/version"] >= 1, "nothing was published"
     assert sum(step["tlt/gate/published"] for step in steps) >= 1

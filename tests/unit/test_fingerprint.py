@@ -130,3 +130,12 @@ def test_a_changed_projection_is_found_under_its_own_name(part):
     before = fingerprints_of(model)
     dict(unfused(model))[f"{LAYER}.self_attn.{part}_proj.weight"][0, 0] += 1  # a view: this writes into the model
     assert differences(before, fingerprints_of(model)) == [f"{LAYER}.self_attn.{part}_proj.weight"]
+
+
+def test_a_policys_head_is_left_out_only_where_it_is_its_embedding():
+    from tlt_verl.rollout.adapter import without_tied_head
+
+    tied = {"model.embed_tokens.weight": "a", "lm_head.weight": "a", "model.norm.weight": "a"}
+    assert without_tied_head(tied) == {"model.embed_tokens.weight": "a", "model.norm.weight": "a"}
+    for own in (tied | {"lm_head.weight": "b"}, {"lm_head.weight": "a", "model.norm.weight": "a"}):
+        assert without_tied_head(own) == own

@@ -19,7 +19,8 @@ COUNTED = {
     "yields": ("tlt/spot/yields", 1),
     "failures": ("tlt/spot/failures", 1),
     "worker_starts": ("tlt/spot/worker_starts", 1),
-    "trained_tokens": ("tlt/drafter/tokens", 1),
+    "host_failures": ("tlt/spot/host_failures", 1),
+    "trained_tokens": ("tlt/spot/tokens", 1),
     "gate_published": ("tlt/gate/published", 1),
     "gate_rejected": ("tlt/gate/rejected", 1),
 }
@@ -27,7 +28,7 @@ COUNTED = {
 
 def spot(**fields: int) -> dict[str, int]:
     """A board as the server reports it."""
-    return dict.fromkeys((*SERVER_FIELDS, *WORKER_FIELDS, "worker_starts"), 0) | fields
+    return dict.fromkeys((*SERVER_FIELDS, *WORKER_FIELDS, "worker_starts", "host_failures"), 0) | fields
 
 
 def state(board: dict[str, int] | None) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def test_counters_that_begin_again_are_what_they_say_since_then():
     again = metrics.step([state(spot(idle_ns=4 * S, trained_ns=S, trained_tokens=50, worker_starts=1))])
     assert again["tlt/spot/idle_s"] == pytest.approx(4.0) and again["tlt/spot/trained_s"] == pytest.approx(1.0)
     assert again["tlt/spot/harvest"] == pytest.approx(0.25)
-    assert (again["tlt/drafter/tokens"], again["tlt/spot/worker_starts"]) == (50, 1)
+    assert (again["tlt/spot/tokens"], again["tlt/spot/worker_starts"]) == (50, 1)
     assert metrics.step([state(spot(idle_ns=6 * S, trained_ns=2 * S))])["tlt/spot/harvest"] == pytest.approx(0.5)
 
 
@@ -143,7 +144,7 @@ def test_a_board_reports_all_that_the_metrics_read(tmp_path: Path):
     """The fields are the board's own: a name that one of the two does not know would be missing here."""
     board = Board.create("metrics", tmp_path)
     board.idle_ns, board.trained_ns, board.trained_steps, board.loss_micro = 4 * S, 3 * S, 7, 250_000
-    values = board.values((*SERVER_FIELDS, *WORKER_FIELDS)) | {"worker_starts": 1}
+    values = board.values((*SERVER_FIELDS, *WORKER_FIELDS)) | {"worker_starts": 1, "host_failures": 0}
     metrics = EngineMetrics().step([state(values)])
     assert metrics["tlt/spot/harvest"] == 0.75 and metrics["tlt/drafter/loss"] == 0.25
     assert {name for name, _ in COUNTED.values()} <= metrics.keys()

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tlt_verl.report.timeline import Event, Span, Timeline, harvest, ranges, read_events, seconds_table
+from tlt_verl.report.timeline import Event, Span, Timeline, harvest, overlap_s, ranges, read_events, seconds_table
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_timeline.py"
 
@@ -217,3 +217,32 @@ def test_the_script_says_what_is_wrong_with_a_log(tmp_path):
     assert result.returncode == 1
     assert result.stderr.strip() == f"{log}: no step 7: the events have steps 3-4"
     assert not out.exists()
+
+
+def test_the_time_in_which_one_lane_trains_and_the_other_updates():
+    updates = [Span(0, 4, "update"), Span(10, 12, "update")]
+    training = [Span(1, 2, "training"), Span(3, 6, "training"), Span(9, 13, "training")]
+    assert overlap_s(updates, training) == overlap_s(training, updates) == 1 + 1 + 2
+    assert overlap_s(updates, []) == overlap_s([], training) == 0
+
+
+def test_the_policys_lane_is_read_from_what_the_trainer_prints(capsys):
+    """A step of the timeline is that of the weights that the replicas have: the policy makes those of the next one."""
+    from omegaconf import OmegaConf
+
+    from tlt_verl.config import PREFIX
+    from tlt_verl.rollout.policy_events import say_policy
+
+    config = OmegaConf.create()
+    say_policy(config, "update", 4)
+    assert not capsys.readouterr().out, "a run that trains no drafter has no timeline"
+    OmegaConf.update(config, f"{PREFIX}.spot.enable", True, force_add=True)
+    for state in ("log_probs", "update", "waiting"):
+        say_policy(config, state, 4)
+    reading = read_events(capsys.readouterr().out.splitlines())
+    assert not reading.complaint()
+    assert [(event.lane, event.state, event.step) for event in reading.events] == [
+        ("policy", "log_probs", 3),
+        ("policy", "update", 3),
+        ("policy", "waiting", 3),
+    ]

@@ -14,6 +14,7 @@ import torch
 
 from tlt_verl.cpu import bridge
 from tlt_verl.cpu.adam_state import set_adam_step, start_adam_state
+from tlt_verl.cpu.policy_copy import copy_model
 from tlt_verl.cpu.read_as_host import read_as_host
 from tlt_verl.patches import (
     mbridge_local_layers,
@@ -21,16 +22,29 @@ from tlt_verl.patches import (
     megatron_adam_resume,
     megatron_host_device,
     verl_eager_entropy,
+    verl_fsdp2_copy,
     verl_gloo_backend,
+    verl_gloo_weights,
     verl_megatron_config,
+    verl_policy_copy,
 )
 from tlt_verl.patches.after_import import after_import
 from tlt_verl.patches.seam import Seam, install
+
+
+def _gloo_engine() -> type:
+    from tlt_verl.cpu.gloo_weights import GlooCheckpointEngine  # a subclass of what verl has by then
+
+    return GlooCheckpointEngine
+
 
 # Which module has to be there before a seam can be installed, and the parts that the seam puts in place.
 _AFTER: tuple[tuple[str, Seam, tuple[Any, ...]], ...] = (
     ("verl.utils.distributed", verl_gloo_backend.SEAM, ()),
     ("verl.workers.config.engine", verl_megatron_config.SEAM, ()),
+    (verl_gloo_weights.MODULE, verl_gloo_weights.SEAM, ("gloo", _gloo_engine)),
+    (verl_policy_copy.MODULE, verl_policy_copy.SEAM, (copy_model,)),
+    (verl_fsdp2_copy.MODULE, verl_fsdp2_copy.SEAM, ()),
     ("verl.utils.megatron.tensor_parallel", verl_eager_entropy.SEAM, ()),
     ("megatron.core.optimizer.distrib_optimizer", megatron_adam_resume.SEAM, (start_adam_state, set_adam_step)),
     ("mbridge", mbridge_local_layers.SEAM, (bridge.HOST_OPTIONS, bridge.fused_name, bridge.local_layer_spec)),

@@ -32,7 +32,11 @@ REPLICA_STATES = {
     "sync": ("weight sync", "#CC79A7"),
     "starting": ("starting", "#56B4E9"),
 }
-POLICY_STATES = {"update": ("policy update", "#E69F00"), "waiting": ("policy waits", "#EDEDED")}
+POLICY_STATES = {
+    "update": ("policy update", "#E69F00"),
+    "log_probs": ("policy's log-probs", "#F0E442"),
+    "waiting": ("policy waits", "#EDEDED"),
+}
 STATES = REPLICA_STATES | POLICY_STATES
 
 _LANE = re.compile(r"replica (\d+)|policy")
@@ -238,6 +242,11 @@ def _cut(spans: Iterable[Span], start_s: float, end_s: float) -> Iterator[Span]:
         begin_s, stop_s = max(span.start_s, start_s), min(span.end_s, end_s)
         if begin_s < stop_s:
             yield Span(begin_s, stop_s, span.state)
+
+
+def overlap_s(first: Iterable[Span], second: Sequence[Span]) -> float:
+    """Seconds in which a span of the one lies over a span of the other; spans of one kind do not overlap each other."""
+    return sum(cut.seconds for span in first for cut in _cut(second, span.start_s, span.end_s))
 
 
 def ranges(numbers: Sequence[int]) -> str:

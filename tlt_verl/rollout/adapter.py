@@ -7,23 +7,34 @@ CPU device cannot do, and the debug option that proves, tensor by tensor, that e
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
 from verl.plugin.platform import get_platform
 from verl.workers.rollout.sglang_rollout.sglang_rollout import ServerAdapter
+from verl.workers.rollout.utils import ensure_async_iterator
 
 from tlt_verl.fingerprint import differences, fingerprint
 from tlt_verl.rollout.server import tlt_config
 
 logger = logging.getLogger(__name__)
 
-NamedTensors = Generator[tuple[str, torch.Tensor], None, None]
+NamedTensors = Any
+"""Pairs of a name and a tensor, from a generator: an asynchronous one where the policy is on another device."""
 
 
 class WeightSyncError(RuntimeError):
     """The engine's weights differ from the policy's after a sync."""
+
+
+def without_tied_head(sent: dict[str, str]) -> dict[str, str]:
+    """A policy's fingerprints without an output head that is the embedding, which an FSDP policy sends too.
+
+    The engine has such a head under the embedding's name only.
+    """
+    embedding = sent.get("model.embed_tokens.weight")
+    return {name: value for name, value in sent.items() if name != "lm_head.weight" or value != embedding}
 
 
 class TLTAdapter(ServerAdapter):
@@ -60,20 +71,23 @@ class TLTAdapter(ServerAdapter):
             await super().update_weights(weights, global_steps, *args, **kwargs)
             return
         sent: dict[str, str] = {}
-        await super().update_weights(self._recorded(weights, sent), global_steps, *args, **kwargs)
+        recorded: NamedTensors = self._recorded(weights, sent)
+        await super().update_weights(recorded, global_steps, *args, **kwargs)
         if self._engine is not None and self._is_server_tp_leader():
             await self._compare(sent, global_steps)
 
-    def _recorded(self, weights: NamedTensors, sent: dict[str, str]) -> NamedTensors:
+    async def _recorded(self, weights: NamedTensors, sent: dict[str, str]) -> AsyncIterator[Any]:
         """The same tensors; notes the fingerprint of each as the engine will hold it, in the rollout's dtype."""
         dtype = getattr(torch, self.config.dtype)
-        for name, tensor in weights:
+        async for name, tensor in ensure_async_iterator(weights):
             sent[name] = fingerprint(tensor.to(dtype))
             yield name, tensor
 
     async def _compare(self, sent: dict[str, str], global_steps: Any) -> None:
         server: Any = self.server_actor  # type: ignore[has-type]
         target, drafter, version = await server.weight_fingerprints.remote()
+        if "lm_head.weight" not in target:
+            sent = without_tied_head(sent)
         if different := differences(sent, target):
             raise WeightSyncError(
                 f"step {global_steps}: {len(different)} of {len(sent)} target tensors differ from the policy: "

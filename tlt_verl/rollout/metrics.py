@@ -102,7 +102,8 @@ _SPOT = {
     "tlt/spot/yields": ("yields", 1.0),
     "tlt/spot/failures": ("failures", 1.0),
     "tlt/spot/worker_starts": ("worker_starts", 1.0),
-    "tlt/drafter/tokens": ("trained_tokens", 1.0),
+    "tlt/spot/host_failures": ("host_failures", 1.0),
+    "tlt/spot/tokens": ("trained_tokens", 1.0),
     "tlt/gate/published": ("gate_published", 1.0),
     "tlt/gate/rejected": ("gate_rejected", 1.0),
 }

@@ -110,7 +110,6 @@ class TLTHttpServer(SGLangHttpServer):
         """Launch the engine, with SGLang's plugins loaded before verl builds the arguments that name one of them."""
         load_plugins()
         self._spot: SpotHost | None = None
-        self.drafter_received = 0
         options = tlt_config(self.config)
         self._drafters = Path(tempfile.mkdtemp(prefix=f"tlt-{job_prefix()}{self.replica_rank}-"))
         board = self._make_board(options)
@@ -166,11 +165,12 @@ class TLTHttpServer(SGLangHttpServer):
     async def set_global_steps(self, global_steps: int) -> None:
         """The policy's weights of this step are there."""
         await super().set_global_steps(global_steps)
-        self._phase(Phase.GENERATE, global_steps)
-
-    def _phase(self, phase: Phase, step: int | None = None) -> None:
         if self._spot is not None:
-            self._spot.phase(phase, step)
+            self._spot.weights_came(global_steps)
+
+    def _phase(self, phase: Phase) -> None:
+        if self._spot is not None:
+            self._spot.phase(phase)
 
     # --- the drafter
 
@@ -178,26 +178,19 @@ class TLTHttpServer(SGLangHttpServer):
         self, version: int, config: dict[str, Any], weights: dict[str, torch.Tensor], hot: torch.Tensor | None
     ) -> str | None:
         """Let a drafter serve that the coordinator sends; None, or why it does not."""
-        if self._spot is not None and self.config.free_cache_engine and not self._spot.is_awake:
-            self._spot.has_missed()
-            return "the engine is asleep; it asks again when it is awake"
+        if self._spot is not None and not self._spot.is_awake:
+            return "the engine is asleep"
         folder = self._drafters / f"v{version}"
         await asyncio.to_thread(_write_new, folder, config, weights, hot)
         reason = await self.publish_drafter(version)
-        if reason is None:
-            self.drafter_received = version
         await asyncio.to_thread(shutil.rmtree, folder, True)  # the engine has read it
         return reason
 
-    async def share_policy(self) -> tuple[str, int, int]:
-        """Let the engine write the policy's embedding and head.
-
-        Returns:
-            The folder, the policy's version, and how many ranks write.
-        """
+    async def share_policy(self) -> int:
+        """Let the engine write the policy's embedding and head beside the publications; the policy's version."""
         state = await client.state(self.tokenizer_manager)
         await client.command(self.tokenizer_manager, share=1)
-        return str(self._drafters), state["newest_policy_version"], self.config.tensor_model_parallel_size
+        return state["newest_policy_version"]
 
     async def drafter_state(self) -> dict[str, Any]:
         """What the schedulers' worker says of itself (`TLTWorker.state`); empty where the engine does not speculate.

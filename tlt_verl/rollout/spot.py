@@ -1,22 +1,24 @@
 """A replica's side of spot training: the board, the spot worker's actor, and what verl is doing on the device.
 
 Lives in the server's actor. The server tells it of every request and every call of verl's life cycle; it writes the
-board, and looks after the spot worker and the coordinator from a task of its own, so that nothing that happens to them
-is waited for by a rollout.
+board, and looks after the spot worker and the coordinator from tasks of their own, so that nothing that happens to them
+is waited for by a rollout. Neither is given the server's handle.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.plugin.platform import get_platform
 
@@ -26,11 +28,13 @@ from tlt_verl.drafter.checkpoint import load_checkpoint
 from tlt_verl.spot.coordinator import create
 from tlt_verl.spot.learner import LearnerSettings
 from tlt_verl.spot.service import ServiceOptions, SpotService, replica_state, say
+from tlt_verl.spot.subscriber import Receive, Subscriber
 from tlt_verl.spot.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.5
+_LOOK_S = 0.05
 _ANSWER_S = 10.0
 _RESTART_S = 5.0
 _START_S = 120.0  # an actor's process imports torch, on cores that others want
@@ -53,7 +57,10 @@ class SpotHost:
         replica: its number.
         board: of the replica; this writes the server's fields.
         start_worker: starts a spot worker's actor.
-        find_coordinator: returns the coordinator's handle, once this replica is registered there.
+        find_coordinator: returns the coordinator's handle.
+        receive: takes a drafter (`Subscriber`).
+        share_policy: lets the engine write the policy's tensors, and returns the policy's version.
+        sleeps: whether the engine gives its memory back while the policy has the device.
     """
 
     def __init__(
@@ -62,26 +69,32 @@ class SpotHost:
         board: Board,
         start_worker: Callable[[Any], Any],
         find_coordinator: Callable[[], Any],
+        receive: Receive,
+        share_policy: Callable[[], Awaitable[int]],
+        sleeps: bool,
     ) -> None:
         self.board = board
         self._replica, self._start_worker, self._find_coordinator = replica, start_worker, find_coordinator
+        self._share_policy, self._sleeps = share_policy, sleeps
+        self._drafters = Subscriber(str(replica), receive, lambda: self.is_awake)
         self._idle_since: int | None = None
         self._said = ""
+        self._aborted = False
         self._worker: Any = None
         self._coordinator: Any = None
-        self._restart_at = 0.0
         self._starts = 0
+        self._failures: Counter[str] = Counter()
         self._said_by_coordinator: dict[str, float] = {}
         self._said_by_worker: dict[str, Any] = {}
-        self._has_missed = False
-        self._beating = asyncio.create_task(self._beat_for_ever())
+        tasks = {"coordinator": self._call_coordinator, "worker": self._look_after_worker, "policy": self._share}
+        self._tasks = [asyncio.create_task(self._for_ever(what, task)) for what, task in tasks.items()]
         board.step = -1
 
     # --- what the server tells
 
     def request_begins(self) -> None:
         """A request has come; whoever trains gives the device back."""
-        if self.board.phase != Phase.GENERATE:
+        if self.board.phase != Phase.GENERATE and not self._aborted:
             self.board.phase = Phase.GENERATE  # verl does not say when a validation begins
         if self.board.requests == 0:
             self.board.needed_ns = now_ns()
@@ -93,36 +106,41 @@ class SpotHost:
         self.board.requests -= 1
         self._note()
 
-    def phase(self, phase: Phase, step: int | None = None) -> None:
-        """Verl does something else on this device now."""
-        if step is not None:
-            self.board.step = step
+    def phase(self, phase: Phase) -> None:
+        """Verl does something else on this device now. From SYNC to GENERATE requests wait at the engine."""
+        if phase in (Phase.SYNC, Phase.GENERATE):
+            self._aborted = phase is Phase.SYNC
         if phase != self.board.phase:
             if phase is not Phase.GENERATE:
                 self.board.needed_ns = now_ns()
             self.board.phase = phase
+            self._drafters.has_news.set()
         self._note()
+
+    def weights_came(self, step: int) -> None:
+        """The policy's weights of this step are there; where requests were aborted for them, they go on later."""
+        self.board.step = step
+        if not self._aborted:
+            self.phase(Phase.GENERATE)
 
     @property
     def is_awake(self) -> bool:
         """Whether the engine has its memory, so that a drafter can be published into it."""
-        return self.board.phase == Phase.GENERATE
-
-    def has_missed(self) -> None:
-        """A drafter came while the engine slept: ask the coordinator for it when it is awake."""
-        self._has_missed = True
+        return not self._sleeps or self.board.phase == Phase.GENERATE
 
     def coordinator_metrics(self) -> dict[str, float]:
         """What the coordinator said of itself last."""
         return self._said_by_coordinator
 
     def state(self) -> dict[str, Any]:
-        """The board, the time that is still running included, and what the worker counted by cause."""
+        """The board, the time that is still running included, and what worker and host counted by cause."""
         values: dict[str, Any] = self.board.values((*SERVER_FIELDS, *WORKER_FIELDS))
         if self._idle_since is not None:
             values["idle_ns"] += now_ns() - self._idle_since
         counts = {name: self._said_by_worker.get(name, {}) for name in ("not_idle", "stops", "failures")}
-        return values | {"worker_starts": self._starts, "counts": counts}
+        counts["host"] = self._failures + Counter(drafter=self._drafters.lost)
+        own = {"worker_starts": self._starts, "host_failures": counts["host"].total()}
+        return values | own | {"counts": counts}
 
     def _note(self) -> None:
         """Keep the time in which the device was idle, and say what has changed."""
@@ -139,41 +157,63 @@ class SpotHost:
 
     # --- worker and coordinator
 
-    async def _beat_for_ever(self) -> None:
-        """Say that the server lives, and see to it that worker and coordinator do."""
+    async def _for_ever(self, what: str, task: Callable[[], Awaitable[None]]) -> None:
+        """Do this again and again, once verl has begun. It waits itself; after a failure it pauses."""
         while True:
-            self.board.beat_ns = now_ns()
-            await asyncio.sleep(_BEAT_S)
-            if self.board.phase == Phase.STARTING or asyncio.get_running_loop().time() < self._restart_at:
-                continue
             try:
-                await self._look_after()
-            except Exception as error:  # the rollout goes on; said, and tried again
-                self.board.allowed = 0
-                self._restart_at = asyncio.get_running_loop().time() + _RESTART_S
-                logger.error("tlt: spot training of replica %d pauses: %s", self._replica, error)
+                if self.board.phase == Phase.STARTING:
+                    await asyncio.sleep(_LOOK_S)
+                else:
+                    await task()
+            except Exception as error:  # the rollout goes on; counted, said, and tried again
+                self._failures[what] += 1
+                logger.error(
+                    "tlt: spot training of replica %d pauses (%s): %s: %s",
+                    *(self._replica, what, type(error).__name__, error),
+                )
+                await asyncio.sleep(_RESTART_S)
 
-    async def _look_after(self) -> None:
-        if self._coordinator is None or (self._has_missed and self.is_awake):
-            self._has_missed = False
-            self._coordinator = await asyncio.to_thread(self._find_coordinator)
+    async def _call_coordinator(self) -> None:
+        """Tell the coordinator how this replica is, and take the drafter that it lacks."""
         try:
-            self._said_by_coordinator = await asyncio.wait_for(self._coordinator.metrics.remote(), _ANSWER_S)
-        except (RayError, TimeoutError):
-            self._coordinator = None
+            if self._coordinator is None:
+                self._coordinator = await asyncio.to_thread(self._find_coordinator)
+            self._said_by_coordinator = await self._drafters.beat(self._coordinator)
+        except BaseException as error:
+            self.board.allowed = 0
+            if isinstance(error, ActorDiedError):
+                self._coordinator = None  # for good. Otherwise Ray starts it again, unless its last handle is dropped
             raise
         self.board.allowed = 1
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drafters.has_news.wait(), _BEAT_S)
+
+    async def _look_after_worker(self) -> None:
+        """See to it that there is a worker, once there is a coordinator."""
+        await asyncio.sleep(_BEAT_S)
+        if self._coordinator is None:
+            return
         if self._worker is None:
             self._worker = await asyncio.to_thread(self._start_worker, self._coordinator)
             self._starts += 1
         try:
             self._said_by_worker = await asyncio.wait_for(self._worker.report.remote(), _START_S)
-        except (RayError, TimeoutError):
+        except (RayError, TimeoutError) as error:
             self._said_by_worker = {"alive": False}
+            logger.error("tlt: the spot worker of replica %d does not answer: %s", self._replica, error)
         if not self._said_by_worker["alive"]:
             worker, self._worker = self._worker, None
             ray.kill(worker)
             raise RuntimeError("its worker has ended; another one is started")
+
+    async def _share(self) -> None:
+        """Say that this server lives, and let the engine write the policy's tensors when the worker asks for them."""
+        self.board.beat_ns = now_ns()
+        wanted = self.board.share_wanted
+        if wanted != self.board.share_given:
+            self.board.share_version = await asyncio.wait_for(self._share_policy(), _ANSWER_S)
+            self.board.share_given = wanted
+        await asyncio.sleep(_LOOK_S if self._idle_since is not None else _BEAT_S)
 
 
 def actor_options(node_id: str, env: dict[str, str]) -> dict[str, Any]:
@@ -197,22 +237,22 @@ def spot_host(server: Any, options: TLTConfig, drafters: Path, start: Path, boar
         drafters: the replica's folder of publications.
         start: the drafter's folder that the engine begins with.
     """
-    this = ray.get_runtime_context().current_actor
     checkpoint = load_checkpoint(start)
     service = _service_options(server, options, board, drafters, checkpoint.config)
 
     def find_coordinator() -> Any:
-        coordinator = create(coordinator_name(), folder=drafters / "coordinator", start=start)
-        ray.get(coordinator.register.remote(str(server.replica_rank), this, server.drafter_received), timeout=_START_S)
-        return coordinator
+        return create(coordinator_name(), folder=drafters / "coordinator", start=start)
 
     def start_worker(coordinator: Any) -> Any:
         node = ray.get_runtime_context().get_node_id()
         env = {name: os.environ[name] for name in _KEPT if name in os.environ}
         actor = ray.remote(SpotService).options(**actor_options(node, env))
-        return actor.remote(service, checkpoint.weights, this, coordinator)
+        return actor.remote(service, checkpoint.weights, coordinator)
 
-    return SpotHost(server.replica_rank, board, start_worker, find_coordinator)
+    return SpotHost(
+        *(server.replica_rank, board, start_worker, find_coordinator),
+        *(server.receive_drafter, server.share_policy, server.config.free_cache_engine),
+    )
 
 
 def job_prefix() -> str:
@@ -251,6 +291,8 @@ def _service_options(
     return ServiceOptions(
         replica=server.replica_rank,
         board=str(board.path),
+        policy=str(drafters),
+        ranks=server.config.tensor_model_parallel_size,
         rings=job_prefix(),
         device=get_platform().device_name,
         server=os.getpid(),

@@ -1,42 +1,42 @@
 """The spot coordinator: one Ray actor a job around the master of the drafter, its publications and its checkpoints.
 
-Knows Ray, the replicas' server actors, files and time; what a merge is stands in `coordination`. It is on the way of no
-rollout. When its process is killed, Ray starts it again and it goes on from the last checkpoint of this job; workers
-and servers outlive that, see `Coordination.recover`. Servers have to register again: the answers to `submit` and
-`publish` say when.
+Knows Ray, files and time; what a merge is stands in `coordination`. It is on the way of no rollout, and calls nobody:
+the replicas' servers ask it, twice a second, and are told of a drafter that they lack (`Subscriber` is their side). So
+it holds no server's handle, with which Ray would import verl and SGLang here. When its process is killed, Ray starts it
+again and it goes on from the last checkpoint of this job; workers and servers outlive that, see
+`Coordination.recover`, and it knows them again when they ask.
 
 State crosses Ray as dicts of torch tensors on the CPU. Whatever takes long runs in a thread, so that calls are answered
-while a disk is slow or a server hangs; every such wait has a bound. A full or read-only disk costs checkpoints only.
+while a disk is slow; every such wait has a bound. A full or read-only disk costs checkpoints only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import json
 import logging
-import threading
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
 
 from tlt_verl.drafter import DrafterError, is_untrained
-from tlt_verl.drafter.checkpoint import Checkpoint, CheckpointWriter, latest, load_checkpoint, weights_problem
+from tlt_verl.drafter.checkpoint import latest, load_checkpoint, weights_problem
 from tlt_verl.drafter.eagle import tensor_shapes
-from tlt_verl.drafter.versions import newest_version
-from tlt_verl.spot.coordination import Coordination, Saved, SubmissionRefused
+from tlt_verl.spot.coordination import Coordination, SubmissionRefused
+from tlt_verl.spot.disk import Disk, write_once
+from tlt_verl.spot.process import started
 
 logger = logging.getLogger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
 
-_DISK_S, _TELL_S = 300.0, 5.0  # after which a disk that has not taken a checkpoint, or a few numbers, has failed
+_TELL_S = 5.0  # after which a disk that has not taken a few numbers has failed
+_SILENT_S = 10.0  # after which a server that asks no more is forgotten
+_POLL_S = 0.02
 
 
 def create(
@@ -50,30 +50,44 @@ def create(
         name, namespace: of the actor. No namespace is the caller's.
         folder: on this node, for the coordinator's own checkpoints, by which it survives being killed.
         start: the drafter's folder (`load_checkpoint`) that the engines begin with.
-        answer_s: that a server may take to receive a drafter.
+        answer_s: that a publication waits for the servers to receive a drafter.
     """
     actor = ray.remote(SpotCoordinator).options(
         name=name, namespace=namespace, get_if_exists=True, num_cpus=0, max_restarts=-1, max_concurrency=256
     )
-    return actor.remote(str(folder), str(start), uuid.uuid4().hex, answer_s)
+    return actor.remote(str(folder), str(start), name, answer_s)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Server:
-    """A replica's server actor, and the version of the drafter that was sent to it; 0 for none."""
+    """What a replica's server said last. See `SpotCoordinator.beat`."""
 
-    handle: Any
     serves: int
+    awake: bool
+    refused: tuple[int, str]
+    heard_s: float = field(default_factory=time.monotonic)
+
+    def owes(self, version: int) -> bool:
+        """Whether it has neither taken nor refused this version."""
+        return max(self.serves, self.refused[0]) < version
+
+    def problem(self, version: int) -> str | None:
+        """Why it does not serve this version, or a newer one; None if it does."""
+        if self.serves >= version:
+            return None
+        return self.refused[1] if self.refused[0] >= version else "its engine is asleep"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Publication:
-    """A drafter that passed the gate."""
+    """A drafter for the servers. `stored` is a reference to its weights and `hot`, while a server lacks it."""
 
     version: int
-    weights: Mapping[str, torch.Tensor]
+    weights: Weights
     hot: torch.Tensor | None
     accept_len: float | None
+    serves: bool = False
+    stored: Any = None
 
 
 class SpotCoordinator:
@@ -83,7 +97,7 @@ class SpotCoordinator:
         folder: for its own checkpoints.
         start: the drafter's folder that the engines begin with.
         run: names this job, so that an earlier one's checkpoints in the folder are left alone.
-        answer_s: that a server may take to receive a drafter.
+        answer_s: that a publication waits for the servers to receive a drafter.
 
     Raises:
         DrafterError: the start is no drafter.
@@ -96,14 +110,17 @@ class SpotCoordinator:
         self._checkpoint_errors = 0
         self._answer_s = answer_s
         self._servers: dict[str, _Server] = {}
-        self._waiting: _Publication | None = None  # passed the gate, and no server has taken it yet
-        self._state, self._publishing = asyncio.Lock(), asyncio.Lock()
+        self._owing: dict[str, int] = {}  # versions for which a publication has waited in vain
+        self._state, self._publishing, self._storing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_saving = self._has_changed = False
         self._coordination = self._restored() or Coordination(load_checkpoint(start), serves=not is_untrained(start))
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            self._coordination.recover(self._disk.told())
+        told = self._disk.told()
+        if told or ray.get_runtime_context().was_current_actor_reconstructed:
+            self._coordination.recover(told)
             logger.warning("tlt: the spot coordinator is back, at version %d", self._coordination.version)
+        self._newest = self._serving()
+        print(started("spot coordinator"), flush=True)
 
     def _restored(self) -> Coordination | None:
         try:
@@ -127,18 +144,17 @@ class SpotCoordinator:
             replica: that it was trained on.
 
         Returns:
-            `version` and `share`, or the kind in `refused` and its `reason`; and whether the replica is `registered`.
+            `version` and `share`, or the kind in `refused` and its `reason`.
         """
-        known = {"registered": replica in self._servers}
         async with self._state:
             try:
                 merge = await asyncio.to_thread(self._coordination.merge, base, state, tokens, report)
             except SubmissionRefused as refused:
                 logger.error("tlt: what replica %s trained was not merged: %s", replica, refused)
-                return {"refused": refused.kind, "reason": str(refused), **known}
+                return {"refused": refused.kind, "reason": str(refused)}
             await self._tell()
         self._keep_soon()
-        return {"version": merge.version, "share": merge.share, **known}
+        return {"version": merge.version, "share": merge.share}
 
     async def choose_hot(self, hot: torch.Tensor | None) -> torch.Tensor | None:
         """`Coordination.choose_hot`: int64 [Vh], the first that was proposed; None while there is none.
@@ -152,25 +168,48 @@ class SpotCoordinator:
             self._keep_soon()
         return chosen
 
-    async def register(self, replica: str, server: Any, serves: int = 0) -> None:
-        """Send publications to this server from now on, and the present one if it lacks that. Again is allowed.
+    async def beat(
+        self, replica: str, serves: int, awake: bool = True, refused: tuple[int, str] = (0, "")
+    ) -> dict[str, Any]:
+        """A replica's server says how it is, and is told what it lacks. Who no longer asks is forgotten.
 
         Args:
             replica: its name.
-            server: handle of an actor with `receive_drafter(version, config, weights, hot)`, which gives None or the
-                reason why it did not take the drafter.
-            serves: the version that it received last; 0 while it drafts with what its engine began with.
+            serves: the version of the drafter that it received last; 0 while it drafts with what its engine began with.
+            awake: whether its engine can take a drafter now.
+            refused: the newest version that it did not take, and why. It is offered newer ones only.
+
+        Returns:
+            `metrics`; and in `due` None, or the `version`, `config` and `drafter` that it is to receive, the last a
+            reference to the weights and the hot vocabulary.
         """
-        self._servers[replica] = _Server(server, serves)
-        self._in_background(self._catch_up(replica))
+        server = self._servers[replica] = _Server(serves, awake, refused)
+        if not server.owes(self._owing.get(replica, 0)):
+            self._owing.pop(replica, None)
+        newest, due = self._newest, None
+        if newest is not None and server.owes(newest.version):
+            due = await self._offer(newest) if awake else None
+        elif newest is not None:
+            if serves == newest.version and not newest.serves:
+                self._in_background(self._now_serves(newest))
+            if not any(other.owes(newest.version) for other in self._servers.values()):
+                newest.stored = None
+        return {"metrics": await self.metrics(), "due": due}
+
+    async def _offer(self, drafter: _Publication) -> dict[str, Any]:
+        async with self._storing:
+            if drafter.stored is None:
+                drafter.stored = await asyncio.to_thread(ray.put, (dict(drafter.weights), drafter.hot))
+            return {"version": drafter.version, "config": self._coordination.config, "drafter": drafter.stored}
 
     async def publish(
         self, replica: str, weights: Weights, hot: torch.Tensor | None, accept_len: float | None
     ) -> dict[str, Any]:
-        """Send a drafter that passed the gate to every server, all at once. One publication at a time.
+        """Offer a drafter that passed the gate to every server, all at once. One publication at a time.
 
-        A server that does not answer in time, or is dead, gets no more of them until it registers again. A drafter that
-        none takes (their engines may be asleep) does not serve yet; it waits for the first server that registers.
+        It waits until all that are known have answered, or are forgotten; once for a server that does not answer in
+        time. A drafter that none takes (their engines may be asleep) does not serve yet; the first server that can
+        takes it.
 
         Args:
             replica: whose worker trained it.
@@ -180,20 +219,20 @@ class SpotCoordinator:
 
         Returns:
             `version`, of this drafter; `rejected`, reasons by replica; `serves`, False where no server has taken it.
-            Or the kind in `refused` (`shape`, `nan`, `hot`, ...) and its `reason`. And whether the replica is
-            `registered`.
+            Or the kind in `refused` (`shape`, `nan`, `hot`, ...) and its `reason`.
         """
-        known = {"registered": replica in self._servers}
         async with self._publishing:
             if refused := await self._unfit(weights, hot):
                 logger.error("tlt: the drafter of replica %s was not published: %s", replica, refused["reason"])
-                return refused | known
+                return dict(refused)
             async with self._state:
                 version = self._coordination.next_serving()
                 await self._tell()
-            self._waiting = _Publication(version, weights, hot, accept_len)
-            rejected = await self._send(dict(self._servers), self._waiting)
-        return {"version": version, "rejected": rejected, "serves": self._waiting is None, **known}
+            drafter = _Publication(version, weights, hot, accept_len)
+            await self._offer(drafter)  # what cannot be stored is the publisher's error
+            self._newest = drafter
+            rejected = await self._answers(drafter)
+        return {"version": version, "rejected": rejected, "serves": drafter.serves}
 
     async def _unfit(self, weights: Weights, hot: torch.Tensor | None) -> dict[str, str] | None:
         if problem := await asyncio.to_thread(weights_problem, weights, self._coordination.config):
@@ -206,44 +245,50 @@ class SpotCoordinator:
             return {"refused": "hot", "reason": "its hot vocabulary is not the one that was chosen for all"}
         return None
 
-    async def _catch_up(self, replica: str) -> None:
-        """Send what serves to a server that lacks it."""
-        async with self._publishing:
-            server, master, due = self._servers.get(replica), self._coordination, self._waiting
-            if due is None and master.to_send and master.serving is not None:
-                due = _Publication(master.serving_version, master.serving, master.hot, master.serving_accept_len)
-            if server is None or due is None or server.serves >= due.version:
+    async def _answers(self, drafter: _Publication) -> dict[str, str]:
+        """Wait for the servers; why each that does not serve this drafter now does not, by replica."""
+        version, end = drafter.version, time.monotonic() + self._answer_s
+        asked = self._heard()
+        while (late := self._late(asked, version)) and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+        self._owing |= dict.fromkeys(late, version)
+        heard = self._heard()
+        if any(server.serves == version for server in heard.values()):
+            await self._now_serves(drafter)
+        problems = {replica: heard[replica].problem(version) for replica in asked if replica in heard}
+        problems |= dict.fromkeys(asked.keys() - heard.keys(), f"it has not asked for {_SILENT_S:g} s")
+        problems |= {replica: f"no answer in {self._answer_s:g} s" for replica in asked if replica in self._owing}
+        return {replica: problem for replica, problem in problems.items() if problem is not None}
+
+    def _late(self, asked: Iterable[str], version: int) -> list[str]:
+        """Who has not answered, of those for whom no earlier publication has waited in vain."""
+        heard = self._heard()
+        waited_for = [replica for replica in asked if replica in heard and replica not in self._owing]
+        return [replica for replica in waited_for if heard[replica].awake and heard[replica].owes(version)]
+
+    def _heard(self) -> dict[str, _Server]:
+        """The servers that ask, without those that no longer do."""
+        since = time.monotonic() - _SILENT_S
+        self._servers = {replica: server for replica, server in self._servers.items() if server.heard_s > since}
+        self._owing = {replica: version for replica, version in self._owing.items() if replica in self._servers}
+        return dict(self._servers)
+
+    async def _now_serves(self, drafter: _Publication) -> None:
+        """A server has taken this drafter, the first or another one."""
+        async with self._state:
+            if drafter is not self._newest or drafter.serves:
                 return
-            for reason in (await self._send({replica: server}, due)).values():
-                logger.error("tlt: replica %s did not take drafter %d: %s", replica, due.version, reason)
+            published = self._coordination.published
+            await asyncio.to_thread(published, drafter.weights, drafter.version, drafter.accept_len)
+            drafter.serves = True
+        self._keep_soon()
 
-    async def _send(self, servers: Mapping[str, _Server], drafter: _Publication) -> dict[str, str]:
-        """Why each server that does not serve this drafter now does not, by replica. It serves if one does."""
-        once = await asyncio.to_thread(ray.put, dict(drafter.weights))
-        answers = await asyncio.gather(*(self._ask(replica, drafter, once) for replica in servers))
-        rejected = {replica: why for replica, why in zip(servers, answers, strict=True) if why is not None}
-        if drafter is self._waiting and len(rejected) < len(servers):
-            async with self._state:
-                published = self._coordination.published
-                await asyncio.to_thread(published, drafter.weights, drafter.version, drafter.accept_len)
-            self._waiting = None
-            self._keep_soon()
-        return rejected
-
-    async def _ask(self, replica: str, drafter: _Publication, weights: Any) -> str | None:
-        server = self._servers[replica]
-        what = (drafter.version, self._coordination.config, weights, drafter.hot)
-        try:
-            sent = server.handle.receive_drafter.remote(*what)
-            reason = await asyncio.wait_for(sent, self._answer_s)
-        except RayTaskError as error:
-            return f"it raised {error.cause}"
-        except (RayError, asyncio.TimeoutError) as error:
-            if self._servers.get(replica) is server:
-                del self._servers[replica]
-            return f"it is gone: {error}" if isinstance(error, RayError) else f"no answer in {self._answer_s:g} s"
-        server.serves = drafter.version if reason is None else server.serves
-        return reason
+    def _serving(self) -> _Publication | None:
+        """What an engine that has just started lacks; None where it lacks nothing."""
+        master = self._coordination
+        if not master.to_send or master.serving is None:
+            return None
+        return _Publication(master.serving_version, master.serving, master.hot, master.serving_accept_len, True)
 
     async def save(self, folder: str) -> str | None:
         """Write a checkpoint that `load` reads, beside one of verl's. Complete or not there, also after a crash.
@@ -257,7 +302,7 @@ class SpotCoordinator:
         async with self._state:
             saved = self._coordination.checkpoint()
         try:
-            await asyncio.to_thread(_write_once, Path(folder), saved)
+            await asyncio.to_thread(write_once, Path(folder), saved)
         except (OSError, RuntimeError, ValueError) as error:
             self._failed_to_keep(error)
             return f"{type(error).__name__}: {error}"
@@ -269,19 +314,22 @@ class SpotCoordinator:
         Returns:
             None, or why everything stays as it was.
         """
-        async with self._publishing, self._state:
-            try:
-                checkpoint = await asyncio.to_thread(load_checkpoint, latest(folder) or folder)
-                restored = Coordination.from_checkpoint(checkpoint)
-            except (OSError, DrafterError) as error:
-                return str(error)
-            if tensor_shapes(restored.config) != tensor_shapes(self._coordination.config):
-                return f"{folder} holds a drafter of other sizes than the one that serves"
-            restored.continue_numbers(self._coordination.told())
-            self._coordination, self._waiting = restored, None
-            await self._tell()
-        self._keep_soon()
-        await asyncio.gather(*(self._catch_up(replica) for replica in list(self._servers)))
+        async with self._publishing:
+            async with self._state:
+                try:
+                    checkpoint = await asyncio.to_thread(load_checkpoint, latest(folder) or folder)
+                    restored = Coordination.from_checkpoint(checkpoint)
+                except (OSError, DrafterError) as error:
+                    return str(error)
+                if tensor_shapes(restored.config) != tensor_shapes(self._coordination.config):
+                    return f"{folder} holds a drafter of other sizes than the one that serves"
+                restored.continue_numbers(self._coordination.told())
+                self._coordination = restored
+                self._newest = self._serving()
+                await self._tell()
+            self._keep_soon()
+            for replica, why in (await self._answers(self._newest) if self._newest else {}).items():
+                logger.error("tlt: replica %s did not take drafter %d: %s", replica, restored.serving_version, why)
         return None
 
     async def metrics(self) -> dict[str, float]:
@@ -292,7 +340,9 @@ class SpotCoordinator:
         """Keep the numbers before anybody is told them."""
         try:
             await asyncio.wait_for(asyncio.to_thread(self._disk.tell, self._coordination.told()), _TELL_S)
-        except (OSError, asyncio.TimeoutError) as error:
+        except TimeoutError:
+            self._failed_to_keep(TimeoutError(f"the disk has not taken the numbers in {_TELL_S:g} s"))
+        except OSError as error:
             self._failed_to_keep(error)
 
     def _keep_soon(self) -> None:
@@ -326,74 +376,3 @@ class SpotCoordinator:
         if text not in self._errors:
             self._errors.add(text)
             logger.error("tlt: no checkpoint of the drafter, training goes on: %s: %s", type(error).__name__, error)
-
-
-class Disk:
-    """A coordinator's own folder: its checkpoints, and `told.json` with the numbers that were told since the last one.
-
-    It is made when it is first written to. What a job of another name (`run`) left there is not read.
-    """
-
-    def __init__(self, folder: Path, run: str) -> None:
-        self._folder, self._run = folder, run
-        self._writer: CheckpointWriter | None = None
-        self._number = -1
-        self._telling = threading.Lock()
-
-    def told(self) -> dict[str, int]:
-        """What this job's `tell` kept last; empty where there is nothing that can be read."""
-        try:
-            told = json.loads((self._folder / "told.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return told["numbers"] if told.get("run") == self._run else {}
-
-    def tell(self, numbers: Mapping[str, int]) -> None:
-        """Keep numbers. A process that is killed loses nothing; a machine that is switched off may.
-
-        Raises:
-            OSError: they are not kept; also where the disk has not taken earlier ones yet.
-        """
-        if not self._telling.acquire(blocking=False):
-            raise BlockingIOError(errno.EAGAIN, f"{self._folder} has not taken the numbers before these yet")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            scratch = self._folder / "told.json.new"
-            scratch.write_text(json.dumps({"run": self._run, "numbers": dict(numbers)}), encoding="utf-8")
-            scratch.replace(self._folder / "told.json")
-        finally:
-            self._telling.release()
-
-    def newest(self) -> Checkpoint | None:
-        """The last checkpoint of this job."""
-        if (found := latest(self._folder)) is None:
-            return None
-        checkpoint = load_checkpoint(found)
-        return checkpoint if checkpoint.info.get("run") == self._run else None
-
-    def keep(self, saved: Saved) -> None:
-        """Write a checkpoint; return when it is on the disk, or raise why it is not."""
-        if self._writer is None:
-            self._writer = CheckpointWriter(self._folder)
-        self._number = max(self._number + 1, _next_number(self._folder))
-        _save(self._writer, saved, self._number, run=self._run)
-        self._writer.wait(_DISK_S)
-
-
-def _write_once(folder: Path, saved: Saved) -> None:
-    """Write a checkpoint that replaces what is in the folder, and leave it to other writers."""
-    writer = CheckpointWriter(folder, keep=1)
-    try:
-        _save(writer, saved, _next_number(folder))
-    finally:
-        writer.close(_DISK_S)
-
-
-def _save(writer: CheckpointWriter, saved: Saved, number: int, **more: str) -> None:
-    info = {**saved.info, **more}
-    writer.save(saved.config, saved.weights, saved.trainer_state, version=number, info=info, hot=saved.hot)
-
-
-def _next_number(folder: Path) -> int:
-    newest = newest_version(folder)
-    return 0 if newest is None else newest + 1

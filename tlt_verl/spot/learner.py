@@ -5,6 +5,7 @@ Knows segments, samples, the trainer and the gate; not when the device is idle, 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tlt_verl.drafter.hot import covering_size, hot_vocabulary
 from tlt_verl.drafter.model import EagleDrafter
 from tlt_verl.drafter.offload import Offload
 from tlt_verl.drafter.packing import Sample
+from tlt_verl.drafter.shapes import repeated_rows
 from tlt_verl.drafter.snapshot import HostCopy
 from tlt_verl.drafter.trainer import DrafterTrainer, SharedTensors, StepReport, TrainerSettings
 from tlt_verl.segments import Segment
@@ -24,6 +26,7 @@ from tlt_verl.spot.gate import Gate, Verdict
 from tlt_verl.spot.micro import Packs, StepSize
 
 _GATE_TOKENS = 160  # of a held-out sample that are replayed at once: as much as a micro-step may take
+_UNIT = 32  # rows: numbers of rows repeat, and shapes with them
 _REPORTS = 32
 _HOT_TOKENS = 500  # counted tokens from which a hot vocabulary is chosen
 
@@ -80,7 +83,7 @@ class SpotLearner:
         self.config, self.settings, self.device = dict(config), settings, torch.device(device)
         self.buffer = Buffer(settings.buffer_bytes, settings.held_out)
         self.gate = Gate(settings.num_steps, settings.margin, least=settings.least)
-        self.size = StepSize(settings.step_s, settings.most_rows)
+        self.size = StepSize(settings.step_s, settings.most_rows, max(_UNIT, repeated_rows(1, self.device)))
         self._packs = Packs(settings.seed)
         H = int(self.config["hidden_size"])
         nothing = torch.empty(0, H, device=self.device)
@@ -173,8 +176,11 @@ class SpotLearner:
         pack = self._packs.next(self.size.rows)
         if pack is None:
             return None
+        begun = time.thread_time()
         report = self._trainer.step(pack)
-        if self.size.observe(sum(sample.rows for sample in pack), report.seconds):
+        # on a CPU not the time in which others had the core: smaller steps would not be given it earlier
+        seconds = time.thread_time() - begun if self.device.type == "cpu" else report.seconds
+        if self.size.observe(sum(sample.rows for sample in pack), seconds):
             self._packs.cut_anew()
         self.tokens += report.tokens
         self.reports.append(report)

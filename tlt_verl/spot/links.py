@@ -55,12 +55,14 @@ class Published:
     """What became of a drafter that passed the gate.
 
     Args:
-        version: under which it serves.
+        version: under which it serves, or will.
         rejected: replicas that did not take it, and why.
+        serves: whether a replica has taken it. Where none has, the first that can will, and `fetch` says so then.
     """
 
     version: int
     rejected: Mapping[str, str]
+    serves: bool = True
 
 
 class Links(Protocol):

@@ -14,7 +14,7 @@ from tlt_verl.drafter.packing import Sample, fill
 
 _SHARE = 0.6  # of the bound that a step is planned to take; the rest is for a noisy machine
 _FIRST_ROWS = 128
-_LEAST_ROWS = 32
+_UNIT = 32
 _GROWTH = 1.25
 _SEEN = 16  # last steps that decide
 
@@ -23,20 +23,21 @@ class StepSize:
     """How many rows a step may have to stay within its time.
 
     A step has a fixed cost (the optimizer's) and one a row. Both are in what is measured, so the rows follow the time:
-    up by a quarter where the longest of the last steps took less than planned, down in proportion where it took more.
+    up by a quarter or a unit where they would still take less than planned then, down in proportion where it took more.
 
     Args:
         seconds: that a step may take.
         most_rows: upper bound, whatever the time allows.
+        unit: rows are a multiple of it, and at least one: fewer would take as long.
 
     Raises:
         ValueError: an argument is not positive.
     """
 
-    def __init__(self, seconds: float, most_rows: int) -> None:
+    def __init__(self, seconds: float, most_rows: int, unit: int = _UNIT) -> None:
         if not seconds > 0 or most_rows < 1:
             raise ValueError(f"seconds and most_rows: got {seconds} and {most_rows}, take numbers above 0")
-        self._planned_s, self._most = _SHARE * seconds, most_rows
+        self._planned_s, self._most, self._unit = _SHARE * seconds, most_rows, unit
         self._limit_s = seconds
         self._recent: deque[float] = deque(maxlen=_SEEN)
         self.rows = min(_FIRST_ROWS, most_rows)
@@ -49,12 +50,16 @@ class StepSize:
         self._recent.append(seconds)
         before, slowest = self.rows, max(self._recent)
         if seconds > self._planned_s:
-            self.rows = max(min(_LEAST_ROWS, self._most), int(rows * max(0.25, self._planned_s / seconds)))
-        elif len(self._recent) == _SEEN and slowest * _GROWTH < self._planned_s:
-            self.rows = min(self._most, int(self.rows * _GROWTH))
+            self.rows = self._whole(rows * max(0.25, self._planned_s / seconds))
+        elif len(self._recent) == _SEEN:
+            larger = self._whole(max(self.rows * _GROWTH, self.rows + self._unit))
+            self.rows = larger if slowest * larger / self.rows < self._planned_s else self.rows
         if self.rows != before:
             self._recent.clear()
         return self.rows != before
+
+    def _whole(self, rows: float) -> int:
+        return min(self._most, max(1, int(rows / self._unit)) * self._unit)
 
 
 class Packs:

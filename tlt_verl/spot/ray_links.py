@@ -1,4 +1,7 @@
-"""The links of a spot worker over Ray: to its replica's server and to the coordinator, every call with a bound."""
+"""The links of a spot worker: over the board to its replica's server, over Ray to the coordinator, all with a bound.
+
+It has no handle of the server: Ray would import verl and SGLang with it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 
+from tlt_verl.board import Board
 from tlt_verl.policy_files import read_share
 from tlt_verl.spot.links import CopyRefused, LinkError, Master, Policy, Published
 
 _CALL_S = 10.0
-_PUBLISH_S = 90.0
+_PUBLISH_S = 90.0  # for the servers' answers
+_BYTES_PER_S = 100e6  # that a call takes at least, on cores that others want
 _POLICY_S = 10.0
 _POLL_S = 0.01
 
@@ -25,21 +30,39 @@ class RayLinks:
 
     Args:
         replica: its number.
-        server: the replica's server actor.
+        board: the replica's.
         coordinator: the job's.
+        policy: folder into which the engine writes the policy's tensors.
+        ranks: of the engine, each of which writes its share.
         vocab_size: the target's.
+        state_bytes: of the drafter with its optimizer, which `fetch` may bring.
     """
 
-    def __init__(self, replica: int, server: Any, coordinator: Any, vocab_size: int) -> None:
-        self._replica, self._server, self._coordinator, self._vocab_size = replica, server, coordinator, vocab_size
+    def __init__(
+        self,
+        replica: int,
+        board: Board,
+        coordinator: Any,
+        policy: Path,
+        ranks: int,
+        vocab_size: int,
+        state_bytes: int = 0,
+    ) -> None:
+        self._replica, self._board, self._coordinator, self._state_bytes = replica, board, coordinator, state_bytes
+        self._policy, self._ranks, self._vocab_size = policy, ranks, vocab_size
 
     def policy(self) -> Policy:
         """See `Links`."""
-        folder, version, ranks = self._get(self._server.share_policy.remote(), _POLICY_S, "the replica's server")
-        end = time.monotonic() + _POLICY_S
+        board, end = self._board, time.monotonic() + _POLICY_S
+        board.share_wanted = wanted = board.share_wanted + 1
+        while board.share_given != wanted:
+            if time.monotonic() > end:
+                raise LinkError(f"the replica's server did not answer in {_POLICY_S:.0f} s")
+            time.sleep(_POLL_S)
+        version = board.share_version
         while time.monotonic() < end:
             try:
-                found = read_share(Path(folder), version, ranks, self._vocab_size)
+                found = read_share(self._policy, version, self._ranks, self._vocab_size)
             except (OSError, ValueError) as error:
                 raise LinkError(f"the policy's embedding and head cannot be read: {error}") from error
             if found is not None:
@@ -49,7 +72,7 @@ class RayLinks:
 
     def fetch(self, version: int, serving_version: int) -> Master:
         """See `Links`."""
-        answer = self._get(self._coordinator.fetch.remote(version, serving_version), _CALL_S)
+        answer = self._get(self._coordinator.fetch.remote(version, serving_version), _bound(self._state_bytes))
         return Master(
             version=answer["version"],
             state=answer.get("state"),
@@ -60,31 +83,43 @@ class RayLinks:
 
     def choose_hot(self, hot: torch.Tensor) -> torch.Tensor:
         """See `Links`."""
-        return self._get(self._coordinator.choose_hot.remote(hot), _CALL_S)
+        return self._get(self._coordinator.choose_hot.remote(hot), _bound(bytes_of(hot)))
 
     def submit(self, base: int, state: Mapping[str, Any], tokens: int, report: Mapping[str, float]) -> int:
         """See `Links`. A refused copy is an error too: the next window begins with the master."""
-        answer = self._get(
-            self._coordinator.submit.remote(str(self._replica), base, state, tokens, dict(report)), _CALL_S
-        )
+        sent = self._coordinator.submit.remote(str(self._replica), base, state, tokens, dict(report))
+        answer = self._get(sent, _bound(bytes_of(state)))
         if "refused" in answer:
             raise CopyRefused(f"the coordinator refused a copy ({answer['refused']}): {answer['reason']}")
         return answer["version"]
 
     def publish(self, weights: Mapping[str, torch.Tensor], hot: torch.Tensor | None, accept_len: float) -> Published:
         """See `Links`."""
-        answer = self._get(
-            self._coordinator.publish.remote(str(self._replica), dict(weights), hot, accept_len), _PUBLISH_S
-        )
+        sent = self._coordinator.publish.remote(str(self._replica), dict(weights), hot, accept_len)
+        answer = self._get(sent, _PUBLISH_S + _bound(bytes_of(weights)))
         if "refused" in answer:
             raise LinkError(f"the coordinator refused a drafter ({answer['refused']}): {answer['reason']}")
-        return Published(answer["version"], answer["rejected"])
+        return Published(answer["version"], answer["rejected"], answer["serves"])
 
     @staticmethod
-    def _get(reference: Any, seconds: float, who: str = "the coordinator") -> Any:
+    def _get(reference: Any, seconds: float) -> Any:
         try:
             return ray.get(reference, timeout=seconds)
         except GetTimeoutError:
-            raise LinkError(f"{who} did not answer in {seconds:.0f} s") from None
+            raise LinkError(f"the coordinator did not answer in {seconds:.0f} s") from None
         except RayError as error:
-            raise LinkError(f"{who} cannot be reached: {error}") from error
+            raise LinkError(f"the coordinator cannot be reached: {error}") from error
+
+
+def bytes_of(value: Any) -> int:
+    """Of all tensors in nested mappings and sequences."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    return sum(map(bytes_of, value)) if isinstance(value, list | tuple) else 0
+
+
+def _bound(size: int) -> float:
+    """Seconds for a call that carries so many bytes."""
+    return _CALL_S + size / _BYTES_PER_S

@@ -23,6 +23,7 @@ import torch
 from tlt_verl.board import Board, Phase, SpotState
 from tlt_verl.spot.idle import EngineProbe, IdleDetector, PhaseProbe, device_probe
 from tlt_verl.spot.learner import LearnerSettings, SpotLearner
+from tlt_verl.spot.process import started
 from tlt_verl.spot.ray_links import RayLinks
 from tlt_verl.spot.rings import Rings
 from tlt_verl.spot.worker import SpotWorker, WorkerSettings
@@ -30,6 +31,8 @@ from tlt_verl.spot.worker import SpotWorker, WorkerSettings
 logger = logging.getLogger(__name__)
 
 EVENT = "tlt-event"
+
+_STATE_BYTES = 16  # of a parameter: itself, its two moments, and the one that serves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class ServiceOptions:
     Args:
         replica: its number.
         board: the replica's board.
+        policy: folder into which the engine writes the policy's tensors, one file for each of its `ranks`.
         rings: what the names of the job's rings begin with.
         device: where it trains, in torch's spelling.
         server: process of the replica's server, whose children are the engine's.
@@ -52,6 +56,8 @@ class ServiceOptions:
 
     replica: int
     board: str
+    policy: str
+    ranks: int
     rings: str
     device: str
     server: int
@@ -99,13 +105,10 @@ class SpotService:
     Args:
         options: of the worker.
         weights: of the drafter to begin with.
-        server: the replica's server actor.
         coordinator: the job's.
     """
 
-    def __init__(
-        self, options: ServiceOptions, weights: Mapping[str, torch.Tensor], server: Any, coordinator: Any
-    ) -> None:
+    def __init__(self, options: ServiceOptions, weights: Mapping[str, torch.Tensor], coordinator: Any) -> None:
         logging.basicConfig(level=logging.INFO)
         yield_to_all()
         torch.set_num_threads(options.cores)
@@ -129,12 +132,17 @@ class SpotService:
             self._detector,
             SpotLearner(options.config, weights, options.learner, options.device),
             Rings(options.rings),
-            RayLinks(options.replica, server, coordinator, int(options.config["vocab_size"])),
+            RayLinks(
+                *(options.replica, self._board, coordinator),
+                *(Path(options.policy), options.ranks, int(options.config["vocab_size"])),
+                _STATE_BYTES * sum(tensor.numel() for tensor in weights.values()),
+            ),
             options.worker,
             self._say,
         )
         self._thread = threading.Thread(target=self._run, name="tlt-spot", daemon=True)
         self._thread.start()
+        print(started(f"spot worker of replica {options.replica}"), flush=True)
 
     def report(self) -> dict[str, Any]:
         """Whether the loop runs, and counts by cause: readings that were not idle, ends of training, failures."""

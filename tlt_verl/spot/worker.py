@@ -11,10 +11,11 @@ goes wrong here is counted, said in the log with its cause, and costs the drafte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,8 @@ class SpotWorker:
         self._pending: deque[Future[Any]] = deque()  # calls to the others that have not been taken note of
         self._retry_at = 0.0
         self._has_device_since = 0  # by the board's clock; 0 while it is another's
+        self._stopped_by = ""  # why training may not go on now; "" where it may
+        self._prepared_s: dict[str, float] = {}  # what the last window's preparation took
         self.failures: Counter[str] = Counter()
         """What kept it from training, by kind."""
 
@@ -116,34 +119,59 @@ class SpotWorker:
 
     def _window(self) -> None:
         """From idle to yielded. The device's memory is free again however this ends."""
+        begun, before = time.monotonic(), self.board.values(("trained_ns", "judged_ns", "trained_steps"))
         self._enter(SpotState.IDLE)
         self.board.windows += 1
+        self._prepared_s.clear()
         try:
             if self._prepare():
                 self._enter(SpotState.TRAINING)
-                self._train(time.monotonic() + self.settings.window_s)
+                self._train(begun + self.settings.window_s)
             else:
                 self._retry_at = time.monotonic() + _AGAIN_S  # there may be more to learn from then
         finally:
             self._yield()
+            self._report_window(time.monotonic() - begun, before)
         self._hand_in()
+
+    def _report_window(self, seconds: float, before: Mapping[str, int]) -> None:
+        """Say where a window's time went."""
+        trained, judged, steps = (getattr(self.board, name) - value for name, value in before.items())
+        prepared = ", ".join(f"{what} {spent:.2f} s" for what, spent in self._prepared_s.items())
+        logger.info(
+            "tlt: window of %.2f s (%s): %d steps of %d rows in %.2f s, gate %.2f s; %s",
+            *(seconds, prepared, steps, self.learner.size.rows, trained / 1e9, judged / 1e9),
+            self._stopped_by or "it ended itself",
+        )
+
+    @contextlib.contextmanager
+    def _preparing(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._prepared_s[what] = time.monotonic() - begun
 
     # --- idle: what training needs
 
     def _prepare(self) -> bool:
         """Get segments, policy and master; whether there is something to train on and the device is still idle."""
-        if not self._read_rings() or not self._wait_for_pending():
-            return False
+        with self._preparing("rings"):
+            if not self._read_rings() or not self._wait_for_pending():
+                return False
         if self.learner.buffer.newest_version is None:
             return False
         if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
-            policy = self._links.policy()
-            self.learner.follow(policy.version, policy.embed, policy.head)
+            with self._preparing("policy"):
+                policy = self._links.policy()
+                self.learner.follow(policy.version, policy.embed, policy.head)
             self._drop_judging()
-        if not (self._take_master() and self._goes_on()):
-            return False
+        with self._preparing("master"):
+            if not (self._take_master() and self._goes_on()):
+                return False
         self._has_device_since = now_ns()
-        return self.learner.begin()
+        with self._preparing("device"):
+            return self.learner.begin()
 
     def _read_rings(self) -> bool:
         """Take what the replicas have recorded; False where the device is needed before that is done."""
@@ -202,7 +230,11 @@ class SpotWorker:
     def _goes_on(self) -> bool:
         """Whether every probe still says that the device is idle."""
         self.board.worker_beat_ns = now_ns()
-        return bool(self.board.allowed) and self._detector.update(time.monotonic()).train
+        decision = self._detector.update(time.monotonic())
+        self._stopped_by = decision.reason if not decision.train else ""
+        if not self.board.allowed:
+            self._stopped_by = "the coordinator does not answer"
+        return not self._stopped_by
 
     def _gate_is_due(self) -> bool:
         self._settle()
@@ -234,7 +266,8 @@ class SpotWorker:
         published = self._links.publish(weights, hot, accept_len)
         for replica, reason in published.rejected.items():
             logger.error("tlt: %s did not take drafter %d: %s", replica, published.version, reason)
-        self._serving, self._serving_version = weights, published.version
+        if published.serves:
+            self._serving, self._serving_version = weights, published.version
 
     def _drop_judging(self) -> None:
         """What is being judged is not what would be published, or compared with."""
