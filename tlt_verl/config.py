@@ -179,7 +179,7 @@ class SpotConfig:
         metadata=_about("Train the drafter while a replica's device is idle. Turns the tap on.", "true or false"),
     )
     idle_ms: float = field(
-        default=200.0,
+        default=100.0,
         metadata=_about("How long a device must have been idle before training begins.", "a number above 0"),
     )
     yield_ms: float = field(

@@ -115,7 +115,7 @@ def test_a_core_on_which_another_spins_is_not_free(spinner: subprocess.Popen[str
     time.sleep(0.4)
     reading = probe.read()
     assert (reading.idle, reading.cause) == (False, "utilisation")
-    assert reading.reason.endswith("cores are free, takes 0.50")
+    assert reading.reason.endswith("cores are free, takes 0.25")
 
 
 def test_what_we_compute_ourselves_is_free(spinner: subprocess.Popen[str], core: int) -> None:
@@ -178,7 +178,7 @@ def test_readings_within_a_window_are_one_and_a_pause_begins_a_new_one(core: int
     for step in (0, 0.09, 0.02, 0.05, 0.06, 1.5, 0.2):
         now += step
         reading = probe.read()
-        causes.append("measured" if reading.reason.endswith("takes 0.50") else reading.cause)
+        causes.append("measured" if reading.reason.endswith("takes 0.25") else reading.cause)
     assert causes == ["no_window"] * 2 + ["measured"] * 3 + ["no_window", "measured"]
     probe.training = True  # a micro-step may be longer than a window: it was ours
     now += 1.5

@@ -98,7 +98,8 @@ class HostProbe:
         allowed: ids of the cores that are looked at; None: the affinity mask of this process.
         window_s: readings less than this apart are one; one after a longer pause than ten windows only begins one,
             unless we train: then we were there all the time.
-        tolerance: share of `cores` that may be missing.
+        tolerance: share of `cores` that may be missing. Large, because who trains does so at the lowest priority: what
+            is asked is whether there is anything to get, not whether anybody would be disturbed.
         clock: seconds that never go back.
 
     Raises:
@@ -114,7 +115,7 @@ class HostProbe:
         allowed: set[int] | None = None,
         window_s: float = 0.1,
         *,
-        tolerance: float = 0.5,
+        tolerance: float = 0.75,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._meter = CoreMeter(own_pids, allowed, clock=clock)

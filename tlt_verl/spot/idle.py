@@ -273,7 +273,7 @@ def device_probe(
         if probe.error is None or not probe.error.absent:
             return probe
         _warn_once(f"NVML is not here: {probe.error}. The machine's cores stand for device {device}")
-    return HostProbe(cores, own_pids, allowed)
+    return HostProbe(cores, lambda: own_pids() | engine_pids(), allowed)  # the engine answers for itself
 
 
 @functools.cache

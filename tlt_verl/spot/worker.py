@@ -28,7 +28,7 @@ from tlt_verl.segments import Segment
 from tlt_verl.spot.gate import Verdict
 from tlt_verl.spot.idle import IdleDetector
 from tlt_verl.spot.learner import SpotLearner
-from tlt_verl.spot.links import CopyRefused, LinkError, Links
+from tlt_verl.spot.links import CopyRefused, LinkError, Links, Policy
 from tlt_verl.spot.rings import Rings
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,10 @@ class SpotWorker:
         self._hand_in()
 
     def _report_window(self, seconds: float, before: Mapping[str, int]) -> None:
-        """Say where a window's time went."""
+        """Say where a window's time went, unless it was none."""
         trained, judged, steps = (getattr(self.board, name) - value for name, value in before.items())
+        if seconds < _AGAIN_S and not steps:
+            return
         prepared = ", ".join(f"{what} {spent:.2f} s" for what, spent in self._prepared_s.items())
         logger.info(
             "tlt: window of %.2f s (%s): %d steps of %d rows in %.2f s, gate %.2f s; %s",
@@ -161,13 +163,8 @@ class SpotWorker:
                 return False
         if self.learner.buffer.newest_version is None:
             return False
-        if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
-            with self._preparing("policy"):
-                policy = self._links.policy()
-                self.learner.follow(policy.version, policy.embed, policy.head)
-            self._drop_judging()
-        with self._preparing("master"):
-            if not (self._take_master() and self._goes_on()):
+        with self._preparing("policy and master"):
+            if not (self._take_policy_and_master() and self._goes_on()):
                 return False
         self._has_device_since = now_ns()
         with self._preparing("device"):
@@ -183,6 +180,24 @@ class SpotWorker:
         if fresh:
             self.learner.add(fresh)
         return self._goes_on()
+
+    def _take_policy_and_master(self) -> bool:
+        """Both at the same time; False while too little is known to train."""
+        asked = None
+        if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
+            asked = self._background.submit(self._links.policy)
+        if asked is not None and self.learner.policy_version < 0:  # a hot vocabulary is chosen from its own
+            self._follow(asked.result())
+            asked = None
+        try:
+            return self._take_master()
+        finally:
+            if asked is not None:
+                self._follow(asked.result())
+
+    def _follow(self, policy: Policy) -> None:
+        self.learner.follow(policy.version, policy.embed, policy.head)
+        self._drop_judging()
 
     def _take_master(self) -> bool:
         """Load the newest master, and agree on a hot vocabulary; False while too little is known for one."""
