@@ -274,17 +274,27 @@ def test_a_judgement_takes_no_more_than_it_may_and_the_piece_that_fills_it(gate_
     assert gate_tokens <= total < gate_tokens + PIECE
 
 
-def test_the_newest_policys_are_taken_and_where_there_are_none_those_of_the_one_before():
-    learning = SpotLearner(CONFIG, weights(), LearnerSettings())
-    held, other = ids(learning, True, 2), ids(learning, False, 3)
+def test_the_newest_policys_are_judged_first_and_those_before_until_there_are_enough():
+    learning = SpotLearner(CONFIG, weights(), LearnerSettings(gate_tokens=80))
+    held, other = ids(learning, True, 3), ids(learning, False, 3)
+
+    def lengths() -> list[int]:
+        return [len(piece.tokens) for piece in learning.held_out()]
+
     learning.add([segment_of(3, held[0], 40), segment_of(3, other[0], 20)])
-    assert [len(piece.tokens) for piece in learning.held_out()] == [40]
+    assert lengths() == [40]
     learning.add([segment_of(4, prompt, 20) for prompt in other])
-    assert [len(piece.tokens) for piece in learning.held_out()] == [40], "version 4 has sampled none yet"
+    assert lengths() == [40], "version 4 has sampled none yet"
     learning.add([segment_of(4, held[1], 30)])
-    assert [len(piece.tokens) for piece in learning.held_out()] == [30]
+    assert lengths() == [30, 40]
     learning.add([segment_of(6, prompt, 20) for prompt in other])
-    assert learning.held_out() == [], "two versions before is too old"
+    assert lengths() == [30, 40], "the buffer has dropped them, and few prompts a step are held out"
+    learning.add([segment_of(7, held[2], 60)])
+    assert lengths() == [60, 30], "as much as a judgement takes, the newest first"
+    learning.add([segment_of(8, held[0], 70), segment_of(8, held[1], 20)])
+    assert lengths() == [70, 20]
+    learning.add([segment_of(16, other[0], 20)])
+    assert lengths() == [], "eight policies later they say nothing about this one"
 
 
 def test_what_is_held_out_is_not_learnt_from():

@@ -27,6 +27,7 @@ from tlt_verl.spot.micro import Packs, StepSize
 
 _GATE_TOKENS = 160  # of a held-out sample that are replayed at once: as much as a micro-step may take
 _UNIT = 32  # rows: numbers of rows repeat, and shapes with them
+_POLICIES = 8  # of which held-out samples are remembered
 _REPORTS = 32
 _HOT_TOKENS = 500  # counted tokens from which a hot vocabulary is chosen
 
@@ -85,6 +86,7 @@ class SpotLearner:
         self.gate = Gate(settings.num_steps, settings.margin, least=settings.least)
         self.size = StepSize(settings.step_s, settings.most_rows, max(_UNIT, repeated_rows(1, self.device)))
         self._packs = Packs(settings.seed)
+        self._held_out: dict[int, list[Sample]] = {}  # by policy version
         H = int(self.config["hidden_size"])
         nothing = torch.empty(0, H, device=self.device)
         self._trainer = DrafterTrainer(
@@ -109,6 +111,7 @@ class SpotLearner:
     def add(self, segments: Sequence[Segment]) -> None:
         """Put segments into the buffer; the next pack may hold them."""
         self.buffer.add(segments)
+        self._keep_held_out()
         self._packs.replace(self.buffer.samples())
 
     def follow(self, version: int, embed: torch.Tensor, head: torch.Tensor) -> None:
@@ -193,22 +196,36 @@ class SpotLearner:
         return self.gate.judging(weights, serving, self.config, self._trainer.shared, self.held_out())
 
     def held_out(self) -> list[Sample]:
-        """Held-out samples, cut to what one step may take, as many as a judgement may take.
+        """Held-out samples, cut to what one step may take, as many as a judgement may take, the newest policy's first.
 
-        Of the newest policy; where it sampled none yet, of the one before: with few prompts a step there are steps in
-        which none is held out.
+        With few prompts a step there are steps in which none is held out: those of some policies before count then.
         """
-        newest = self.buffer.newest_version
-        found = self.buffer.held_out_samples()
-        if not found and newest is not None:
-            found = self.buffer.held_out_samples(newest - 1)
         chosen, tokens = [], 0
-        for sample in found:
-            for piece in _pieces(sample):
-                if tokens < self.settings.gate_tokens:
-                    chosen.append(piece)
-                    tokens += len(piece.tokens)
+        for version in sorted(self._held_out, reverse=True):
+            for sample in self._held_out[version]:
+                for piece in _pieces(sample):
+                    if tokens < self.settings.gate_tokens:
+                        chosen.append(piece)
+                        tokens += len(piece.tokens)
         return chosen
+
+    def _keep_held_out(self) -> None:
+        """Remember what the buffer holds out, beyond the two policies that it keeps."""
+        newest = self.buffer.newest_version
+        for version in () if newest is None else (newest - 1, newest):
+            found = self.buffer.held_out_samples(version)
+            if _tokens(found) > _tokens(self._held_out.get(version, ())):  # of the older one it has only the long ones
+                self._held_out[version] = found
+        tokens = 0
+        for version in sorted(self._held_out, reverse=True):
+            if tokens >= self.settings.gate_tokens or (newest is not None and version <= newest - _POLICIES):
+                del self._held_out[version]  # newer ones are as much as a judgement takes
+            else:
+                tokens += _tokens(self._held_out[version])
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.tokens) for sample in samples)
 
 
 def _pieces(sample: Sample) -> list[Sample]:
