@@ -22,7 +22,7 @@ HERE = ROOT / "tests" / "integration"
 def run(
     task: Path,
     *overrides: str,
-    timeout_s: float = 440,
+    timeout_s: float = 900,
     more: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
     meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,

@@ -122,9 +122,9 @@ class Watched:
             self._board = Board(path)
         return self._board
 
-    def wait_for_training(self, tokens: int = 1, seconds: float = 90) -> None:
+    def wait_for_training(self, tokens: int = 1, seconds: float = 180) -> None:
         """Wait until the drafter has been trained on so many more tokens."""
-        self.wait_for("a board", lambda: list(self.shm.glob("tlt-*.board")), 120)
+        self.wait_for("a board", lambda: list(self.shm.glob("tlt-*.board")), 300)
         goal = self.board.trained_tokens + tokens
         self.wait_for("training goes on", lambda: self.board.trained_tokens >= goal, seconds)
 
@@ -132,12 +132,12 @@ class Watched:
 
     def kill(self, name: str, rng: random.Random, most_s: float) -> psutil.Process:
         """Kill -9 the one process of this name, at a random moment after it was there."""
-        self.wait_for(f"a process {name}", lambda: self.find(name), 120)
+        self.wait_for(f"a process {name}", lambda: self.find(name), 240)
         (victim, *_) = self.find(name)
         time.sleep(rng.uniform(0, most_s))
         assert self.process.poll() is None, f"the run ended before {name} was killed"
         victim.send_signal(signal.SIGKILL)
-        self.wait_for("its death", lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, 20)
+        self.wait_for("its death", lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, 60)
         return victim
 
     @contextlib.contextmanager

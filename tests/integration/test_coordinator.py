@@ -153,7 +153,7 @@ def heard_twice(server: Any) -> None:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + UP_S
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
@@ -341,10 +341,18 @@ def test_a_disk_that_takes_nothing_does_not_stop_training(jobs, tmp_path):
         assert ask(actor.submit, "0", version, state, 10, REPORT)["version"] == version + 1
     until(lambda: ask(actor.metrics)["tlt/spot/checkpoint_errors"] >= 2, "errors are not counted")
     assert "Not a directory" in ask(actor.save, str(folder)) or "File exists" in ask(actor.save, str(folder))
+    server, weights = jobs.serve("0"), trainer(1).weights(torch.bfloat16)
+    given = [ask(actor.publish, "0", weights, HOT, 2.5)["version"] for _ in range(2)]
     kill_9()
     assert ask(actor.submit, "0", 3, state, 10, REPORT)["version"] == 4  # what is lost here, the worker has
     metrics = ask(actor.metrics)
     assert metrics["tlt/spot/recovered"] == 1 and metrics["tlt/drafter/tokens"] == 10
+    heard_twice(server)
+    published = ask(actor.publish, "0", weights, HOT, 2.5)
+    assert published["serves"] and published["version"] > max(given), (
+        "a version that the server has seen is given again"
+    )
+    assert [version for version, *_ in ask(server.seen)] == [*given, published["version"]]
     folder.parent.unlink()
     ask(actor.submit, "0", 4, state, 10, REPORT)
     until(lambda: kept(folder) == 5, "the disk is back, and has no checkpoint")

@@ -118,13 +118,14 @@ def test_a_response_that_waits_for_the_policy_does_not_look_like_generation(task
     assert ("generating", "sync") in set(pairwise(states)), "nothing was aborted"
     busy = [span for span in timeline.spans("policy") if span.state != "waiting"]
     own = [span for span in timeline.spans("replica 0") if span.state in ("generating", "idle", "training")]
-    assert busy and overlap_s(busy, own) == 0, "the policy computed, and the replica's lane says otherwise"
+    assert busy and overlap_s(busy, own) < 0.1, "the policy computed, and the replica's lane says otherwise"
 
 
 def test_an_fsdp2_policy(task):
     """`sync` with PyTorch's own sharding in Megatron's place."""
-    steps, output = run(task, *SPOT, *FSDP2, "trainer.total_training_steps=4")
-    assert len(steps) == 4
+    count = 6
+    steps, output = run(task, *SPOT, *FSDP2, f"trainer.total_training_steps={count}")
+    assert len(steps) == count
     assert_trained(steps)
     assert_logprobs_agree(steps)
-    assert len(fingerprints(output)) == 5
+    assert len(fingerprints(output)) == count + 1

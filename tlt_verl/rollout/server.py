@@ -177,20 +177,21 @@ class TLTHttpServer(SGLangHttpServer):
     async def receive_drafter(
         self, version: int, config: dict[str, Any], weights: dict[str, torch.Tensor], hot: torch.Tensor | None
     ) -> str | None:
-        """Let a drafter serve that the coordinator sends; None, or why it does not."""
+        """Let a drafter serve that the coordinator offers; None, or why it does not."""
         if self._spot is not None and not self._spot.is_awake:
             return "the engine is asleep"
         folder = self._drafters / f"v{version}"
-        await asyncio.to_thread(_write_new, folder, config, weights, hot)
-        reason = await self.publish_drafter(version)
-        await asyncio.to_thread(shutil.rmtree, folder, True)  # the engine has read it
-        return reason
+        try:
+            await asyncio.to_thread(_write_new, folder, config, weights, hot)
+            return await self.publish_drafter(version)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, True)  # the engine has read it
 
     async def share_policy(self) -> int:
-        """Let the engine write the policy's embedding and head beside the publications; the policy's version."""
+        """Let the engine write the policy's embedding and head beside the publications; its version, or -1: not now."""
         state = await client.state(self.tokenizer_manager)
-        await client.command(self.tokenizer_manager, share=1)
-        return state["newest_policy_version"]
+        begun = await client.command(self.tokenizer_manager, share=1)
+        return state["newest_policy_version"] if begun else -1
 
     async def drafter_state(self) -> dict[str, Any]:
         """What the schedulers' worker says of itself (`TLTWorker.state`); empty where the engine does not speculate.

@@ -81,6 +81,8 @@ class SpotHost:
         self._said = ""
         self._aborted = False
         self._worker: Any = None
+        self._workers_coordinator: Any = None
+        self._sharing: asyncio.Future[int] | None = None
         self._coordinator: Any = None
         self._starts = 0
         self._failures: Counter[str] = Counter()
@@ -193,8 +195,13 @@ class SpotHost:
         await asyncio.sleep(_BEAT_S)
         if self._coordinator is None:
             return
+        if self._worker is not None and self._workers_coordinator is not self._coordinator:
+            worker, self._worker = self._worker, None
+            ray.kill(worker)
+            raise RuntimeError("its coordinator has ended for good; another worker is started for the new one")
         if self._worker is None:
-            self._worker = await asyncio.to_thread(self._start_worker, self._coordinator)
+            self._workers_coordinator = self._coordinator
+            self._worker = await asyncio.to_thread(self._start_worker, self._workers_coordinator)
             self._starts += 1
         try:
             self._said_by_worker = await asyncio.wait_for(self._worker.report.remote(), _START_S)
@@ -211,9 +218,25 @@ class SpotHost:
         self.board.beat_ns = now_ns()
         wanted = self.board.share_wanted
         if wanted != self.board.share_given:
-            self.board.share_version = await asyncio.wait_for(self._share_policy(), _ANSWER_S)
+            is_whole = self.board.phase == Phase.GENERATE  # while weights come in, they are of two versions
+            self.board.share_version = await self._shared() if is_whole else -1
             self.board.share_given = wanted
-        await asyncio.sleep(_LOOK_S if self._idle_since is not None else _BEAT_S)
+        await asyncio.sleep(_LOOK_S)
+
+    async def _shared(self) -> int:
+        """The policy's version that the engine writes. The wait has a bound; the call is not cancelled: the engine's
+        answer to it would be taken for that to the next one.
+
+        Raises:
+            TimeoutError: no answer in time. The next call waits for the same one.
+        """
+        if self._sharing is None:
+            self._sharing = asyncio.ensure_future(self._share_policy())
+        done, _ = await asyncio.wait({self._sharing}, timeout=_ANSWER_S)
+        if not done:
+            raise TimeoutError(f"the engine did not answer in {_ANSWER_S:g} s")
+        asked, self._sharing = self._sharing, None
+        return asked.result()
 
 
 def actor_options(node_id: str, env: dict[str, str]) -> dict[str, Any]:

@@ -292,9 +292,9 @@ class Coordination:
             self.hot = hot.clone()
         return self.hot
 
-    def next_serving(self) -> int:
-        """A version for weights that are about to be sent to the engines. It is never given again."""
-        self._given += 1
+    def next_serving(self, seen: int = 0) -> int:
+        """A version, above what a server has `seen`, for weights that are about to be sent. It is never given again."""
+        self._given = max(self._given, seen) + 1
         return self._given
 
     def published(self, weights: Mapping[str, torch.Tensor], version: int, accept_len: float | None) -> None:

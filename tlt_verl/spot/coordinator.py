@@ -44,7 +44,7 @@ def create(
 ) -> Any:
     """The handle of a job's coordinator, which is started if there is none of this name.
 
-    The process that starts it owns it: it ends with that process, so let the one that runs the trainer do it.
+    The process that starts it owns it: it ends with that process: the first server that looks for it.
 
     Args:
         name, namespace: of the actor. No namespace is the caller's.
@@ -192,7 +192,7 @@ class SpotCoordinator:
         elif newest is not None:
             if serves == newest.version and not newest.serves:
                 self._in_background(self._now_serves(newest))
-            if not any(other.owes(newest.version) for other in self._servers.values()):
+            if not any(other.owes(newest.version) for other in self._heard().values()):
                 newest.stored = None
         return {"metrics": await self.metrics(), "due": due}
 
@@ -226,7 +226,9 @@ class SpotCoordinator:
                 logger.error("tlt: the drafter of replica %s was not published: %s", replica, refused["reason"])
                 return dict(refused)
             async with self._state:
-                version = self._coordination.next_serving()
+                # perhaps of a predecessor whose numbers were not kept
+                seen = max((max(s.serves, s.refused[0]) for s in self._servers.values()), default=0)
+                version = self._coordination.next_serving(seen)
                 await self._tell()
             drafter = _Publication(version, weights, hot, accept_len)
             await self._offer(drafter)  # what cannot be stored is the publisher's error

@@ -254,6 +254,7 @@ def device_probe(
     least_free_bytes: int,
     own_pids: Pids,
     engine_pids: Pids = set,
+    engine_root: int | None = None,
     allowed: set[int] | None = None,
 ) -> NvmlProbe | HostProbe:
     """The probe of a device: NVML's of a CUDA device, the host's of a CPU device or where there is no NVML (said once).
@@ -261,7 +262,10 @@ def device_probe(
     NVML that is there but fails at this moment gets its probe, which is not idle until NVML answers.
 
     Args:
-        device: one entry of CUDA_VISIBLE_DEVICES; None: the CPU. Other arguments as of the two probes.
+        device: one entry of CUDA_VISIBLE_DEVICES; None: the CPU.
+        engine_root: process whose children are the engine's; the host probe finds these itself.
+
+    Other arguments as of the two probes.
 
     Raises:
         ValueError: see the two probes.
@@ -273,7 +277,8 @@ def device_probe(
         if probe.error is None or not probe.error.absent:
             return probe
         _warn_once(f"NVML is not here: {probe.error}. The machine's cores stand for device {device}")
-    return HostProbe(cores, lambda: own_pids() | engine_pids(), allowed)  # the engine answers for itself
+    root = set() if engine_root is None else {engine_root}  # the engine answers for itself
+    return HostProbe(cores, lambda: own_pids() | root, allowed)
 
 
 @functools.cache

@@ -68,8 +68,8 @@ class Published:
 class Links(Protocol):
     """Every call has a bound, and raises `LinkError` when it is reached or the other side is gone."""
 
-    def policy(self) -> Policy:
-        """The policy's tensors as the engine has them now."""
+    def policy(self) -> Policy | None:
+        """The policy's tensors as the engine has them now; None while others come in."""
 
     def fetch(self, version: int, serving_version: int) -> Master:
         """The master, without what the worker says that it has."""

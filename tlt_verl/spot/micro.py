@@ -40,7 +40,7 @@ class StepSize:
         self._planned_s, self._most, self._unit = _SHARE * seconds, most_rows, unit
         self._limit_s = seconds
         self._recent: deque[float] = deque(maxlen=_SEEN)
-        self.rows = min(_FIRST_ROWS, most_rows)
+        self.rows = self._whole(_FIRST_ROWS)
         self.over = 0
         """Steps that took longer than they may."""
 

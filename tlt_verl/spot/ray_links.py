@@ -51,7 +51,7 @@ class RayLinks:
         self._replica, self._board, self._coordinator, self._state_bytes = replica, board, coordinator, state_bytes
         self._policy, self._ranks, self._vocab_size = policy, ranks, vocab_size
 
-    def policy(self) -> Policy:
+    def policy(self) -> Policy | None:
         """See `Links`."""
         board, end = self._board, time.monotonic() + _POLICY_S
         board.share_wanted = wanted = board.share_wanted + 1
@@ -60,7 +60,7 @@ class RayLinks:
                 raise LinkError(f"the replica's server did not answer in {_POLICY_S:.0f} s")
             time.sleep(_POLL_S)
         version = board.share_version
-        while time.monotonic() < end:
+        while version >= 0 and board.policy_version <= version and time.monotonic() < end:
             try:
                 found = read_share(self._policy, version, self._ranks, self._vocab_size)
             except (OSError, ValueError) as error:
@@ -68,6 +68,8 @@ class RayLinks:
             if found is not None:
                 return Policy(version, *found)
             time.sleep(_POLL_S)
+        if time.monotonic() < end:
+            return None
         raise LinkError(f"the engine did not write the policy's embedding and head in {_POLICY_S:.0f} s")
 
     def fetch(self, version: int, serving_version: int) -> Master:

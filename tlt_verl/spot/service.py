@@ -124,6 +124,7 @@ class SpotService:
                 least_free_bytes=options.least_free_bytes,
                 own_pids=lambda: own_pids,
                 engine_pids=lambda: _family(server_process),
+                engine_root=options.server,
             ),
         )
         self._detector = IdleDetector(probes, options.idle_s)

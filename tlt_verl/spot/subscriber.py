@@ -64,7 +64,9 @@ class Subscriber:
     async def _take(self, version: int, config: dict[str, Any], drafter: Any) -> None:
         try:
             weights, hot = await asyncio.wait_for(drafter, self._take_s)
-            reason = await asyncio.wait_for(self._receive(version, config, weights, hot), self._take_s)
+            taking = asyncio.ensure_future(self._receive(version, config, weights, hot))
+            # not cancelled when it is late: the engine's answer to it would be taken for that to the next call
+            reason = await asyncio.wait_for(asyncio.shield(taking), self._take_s)
         except RayError as error:  # its owner is gone; another coordinator offers another one
             self.lost += 1
             logger.error("tlt: drafter %d did not come to replica %s: %s", version, self._replica, error)

@@ -168,7 +168,7 @@ class SpotWorker:
                 return False
         self._has_device_since = now_ns()
         with self._preparing("device"):
-            return self.learner.begin()
+            return self.learner.begin() and self._goes_on()
 
     def _read_rings(self) -> bool:
         """Take what the replicas have recorded; False where the device is needed before that is done."""
@@ -187,17 +187,21 @@ class SpotWorker:
         if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
             asked = self._background.submit(self._links.policy)
         if asked is not None and self.learner.policy_version < 0:  # a hot vocabulary is chosen from its own
-            self._follow(asked.result())
+            if not self._follow(asked.result()):
+                return False
             asked = None
         try:
-            return self._take_master()
+            took = self._take_master()
         finally:
-            if asked is not None:
-                self._follow(asked.result())
+            followed = asked is None or self._follow(asked.result())
+        return took and followed
 
-    def _follow(self, policy: Policy) -> None:
+    def _follow(self, policy: Policy | None) -> bool:
+        if policy is None:
+            return False  # the next window asks again
         self.learner.follow(policy.version, policy.embed, policy.head)
         self._drop_judging()
+        return True
 
     def _take_master(self) -> bool:
         """Load the newest master, and agree on a hot vocabulary; False while too little is known for one."""
@@ -238,7 +242,7 @@ class SpotWorker:
                 return
             self._since_gate_s += report.seconds
             board = self.board
-            board.trained_ns += now_ns() - begun
+            board.trained_ns += self._idle_ns(begun)
             board.trained_tokens += report.tokens
             board.trained_steps += 1
 
@@ -265,7 +269,12 @@ class SpotWorker:
             next(self._judging)
         except StopIteration as end:
             self._judged(end.value)
-        self.board.judged_ns += now_ns() - begun
+        self.board.judged_ns += self._idle_ns(begun)
+
+    def _idle_ns(self, begun: int) -> int:
+        """Time since `begun` in which nobody had asked for the device."""
+        ended, needed = now_ns(), self.board.needed_ns
+        return (needed if begun < needed < ended else ended) - begun
 
     def _judged(self, verdict: Verdict) -> None:
         self._judging, self._since_gate_s = None, 0.0
