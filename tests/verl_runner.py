@@ -17,6 +17,14 @@ from tlt_verl.report.console import is_training_step, parse_step
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "integration"
+TLT = "+actor_rollout_ref.rollout.custom.tlt."
+SPOT = (
+    f"{TLT}spot.enable=true",
+    f"{TLT}gate.every_s=0.2",
+    f"{TLT}gate.held_out=0.25",
+    f"{TLT}gate.least=1.0",
+)
+"""Spot training of a random model, whose responses cannot be drafted: the gate lets through what loses nothing."""
 
 
 def run(

@@ -23,7 +23,7 @@ import torch
 from injector import COORDINATOR, WORKER, Machine, Watched, own_shm
 from random_weights import spread_weights
 from transformers import AutoModelForCausalLM
-from verl_runner import HERE, run
+from verl_runner import HERE, SPOT, TLT, run
 
 from tlt_verl.board import SpotState
 
@@ -39,15 +39,7 @@ COORDINATOR_KILLS = (KILLS // 3, 2 * KILLS // 3)  # before these kills of the wo
 MOST_S = 3.0  # after a process came up until it is killed
 BEHIND_S = 3600
 SLOW_S = 6
-TLT = "+actor_rollout_ref.rollout.custom.tlt."
-SPOT = (
-    f"{TLT}spot.enable=true",
-    f"{TLT}spot.idle_ms=20",
-    f"{TLT}gate.every_s=0.2",
-    f"{TLT}gate.held_out=0.25",
-    f"{TLT}gate.least=1.0",
-    f"{TLT}tap.buffer_gb=0.03",
-)
+TRAINED = (*SPOT, f"{TLT}spot.idle_ms=20", f"{TLT}tap.buffer_gb=0.03")
 
 PROGRAM = """
 import json, os, sys, threading, time
@@ -204,7 +196,7 @@ def test_killed_workers_and_coordinators_and_a_loss_that_is_no_number(tmp_path, 
         watched.wait_for("a merge", lambda: watched.latest("tlt/spot/merged") > merged, 120)
         (tmp_path / "tool").write_text("0.2")
 
-    metrics, log, records = greedy_run(tmp_path, model, steps, *SPOT, tool_s=5, meanwhile=meanwhile, timeout_s=900)
+    metrics, log, records = greedy_run(tmp_path, model, steps, *TRAINED, tool_s=5, meanwhile=meanwhile, timeout_s=900)
     assert_same(records, answers, steps)
     print(f"killed while the worker was {dict(states)}")
     assert states["TRAINING"] > 0, "none of the moments was one of training"
@@ -268,7 +260,7 @@ def test_a_full_shm_a_disk_that_is_read_only_and_slow_and_a_clock_that_is_set_ba
         tmp_path,
         model,
         steps,
-        *SPOT,
+        *TRAINED,
         "trainer.save_freq=3",
         "trainer.max_actor_ckpt_to_keep=1",
         "ray_kwargs.ray_init.object_store_memory=100000000",
@@ -304,7 +296,7 @@ def test_a_ring_that_does_not_fit_into_shm(tmp_path, model, answers):
     size = os.statvfs("/dev/shm")
     too_much = size.f_blocks * size.f_frsize / 2**30 + 1
     metrics, log, records = greedy_run(
-        tmp_path, model, steps, *SPOT, f"+{TLT}tap.buffer_gb={too_much:.0f}", tool_s=0.5, timeout_s=480
+        tmp_path, model, steps, *TRAINED, f"+{TLT}tap.buffer_gb={too_much:.0f}", tool_s=0.5, timeout_s=480
     )
     assert_same(records, answers, steps)
     assert re.search(r"tlt: no tap, rollouts go on without it: .*No space left on device: .*tap.buffer_gb", log)

@@ -10,7 +10,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from verl_runner import HERE, ROOT, assert_logprobs_agree, fingerprints, run
+from verl_runner import HERE, ROOT, SPOT, TLT, assert_logprobs_agree, fingerprints, run
 
 from tlt_verl.report.timeline import Timeline, overlap_s, read_events
 
@@ -19,15 +19,7 @@ from tiny_task import make_model, make_prompts
 
 pytestmark = pytest.mark.slow
 
-TLT = "+actor_rollout_ref.rollout.custom.tlt."
-SPOT = (
-    f"{TLT}spot.enable=true",
-    f"{TLT}spot.idle_ms=50",
-    f"{TLT}gate.every_s=0.2",
-    f"{TLT}gate.held_out=0.25",
-    f"{TLT}gate.least=1.0",
-    "actor_rollout_ref.rollout.n=8",
-)
+TRAINED = (*SPOT, f"{TLT}spot.idle_ms=50", "actor_rollout_ref.rollout.n=8")
 SEPARATE = (
     "trainer.v1.trainer_mode=separate_async",
     "trainer.v1.separate_async.parameter_sync_step=2",
@@ -76,7 +68,7 @@ def test_the_drafter_trains_on_the_rollouts_device_while_the_policy_updates(task
     """
     count = 8
     epochs = "actor_rollout_ref.actor.ppo_epochs=8"
-    steps, output = run(task, *SPOT, *SEPARATE, epochs, f"trainer.total_training_steps={count}")
+    steps, output = run(task, *TRAINED, *SEPARATE, epochs, f"trainer.total_training_steps={count}")
     assert len(steps) == count
     assert_trained(steps)
     assert len(fingerprints(output)) == count + 1, "weights did not arrive, or changed the drafter"
@@ -108,7 +100,7 @@ def test_a_response_that_waits_for_the_policy_does_not_look_like_generation(task
     count = 3
     long = ("data.max_response_length=900", "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_epochs=6")
     mode = "trainer.v1.trainer_mode=colocate_async"
-    steps, output = run(task, *SPOT, *long, mode, f"trainer.total_training_steps={count}")
+    steps, output = run(task, *TRAINED, *long, mode, f"trainer.total_training_steps={count}")
     assert len(steps) == count
     assert sum(step["tlt/spot/failures"] for step in steps) == 0
     assert len(fingerprints(output)) == count + 1
@@ -124,7 +116,7 @@ def test_a_response_that_waits_for_the_policy_does_not_look_like_generation(task
 def test_an_fsdp2_policy(task):
     """`sync` with PyTorch's own sharding in Megatron's place."""
     count = 6
-    steps, output = run(task, *SPOT, *FSDP2, f"trainer.total_training_steps={count}")
+    steps, output = run(task, *TRAINED, *FSDP2, f"trainer.total_training_steps={count}")
     assert len(steps) == count
     assert_trained(steps)
     assert_logprobs_agree(steps)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from verl_runner import HERE, assert_logprobs_agree, fingerprints, run
+from verl_runner import HERE, SPOT, TLT, assert_logprobs_agree, fingerprints, run
 
 from tlt_verl.report.timeline import read_events
 
@@ -17,7 +17,6 @@ from tiny_task import make_model, make_prompts
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-TLT = "+actor_rollout_ref.rollout.custom.tlt."
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +28,7 @@ def task(tmp_path_factory):
 
 
 def spot_run(task: Path, *overrides: str) -> tuple[list[dict[str, float]], str]:
-    """The responses of a random model cannot be drafted: the gate lets everything through that loses nothing."""
-    return run(
-        task,
-        f"{TLT}spot.enable=true",
-        f"{TLT}spot.idle_ms=50",
-        f"{TLT}gate.every_s=0.2",
-        f"{TLT}gate.held_out=0.25",
-        f"{TLT}gate.least=1.0",
-        "actor_rollout_ref.rollout.n=8",
-        *overrides,
-    )
+    return run(task, *SPOT, f"{TLT}spot.idle_ms=50", "actor_rollout_ref.rollout.n=8", *overrides)
 
 
 def test_a_drafter_is_trained_while_the_replica_is_idle_and_comes_back_with_the_policy(task):

@@ -5,14 +5,12 @@ The replicas' lanes are `tlt_verl.spot.service`'s; `tlt_verl.report.timeline` re
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from tlt_verl.config import PREFIX, load_config
-from tlt_verl.spot.service import EVENT
+from tlt_verl.spot.service import say_event
 
 
 def say_policy(config: Any, state: str, step: int) -> None:
@@ -25,5 +23,4 @@ def say_policy(config: Any, state: str, step: int) -> None:
             before: a step of the timeline goes from one sync to the next.
     """
     if load_config(OmegaConf.select(config, PREFIX)).spot.enable:
-        said = {"t": round(time.monotonic(), 6), "lane": "policy", "state": state, "step": step - 1}
-        print(f"{EVENT} {json.dumps(said)}", flush=True)
+        say_event("policy", state, step - 1)

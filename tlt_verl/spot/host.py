@@ -169,3 +169,21 @@ def _online() -> list[int]:
 def _clamped(seconds: float, elapsed: float) -> float:
     """The kernel's idle time is not exact: it can step back, and forward by more than has passed."""
     return min(max(0.0, seconds), elapsed)
+
+
+def family_of(pid: int | None) -> Callable[[], set[int]]:
+    """Tells a process and all that descend from it; none of them when it has ended, or for None.
+
+    Raises:
+        psutil.NoSuchProcess: it has ended already.
+    """
+    process = None if pid is None else psutil.Process(pid)
+
+    def family() -> set[int]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return (
+                set() if process is None else {process.pid, *(child.pid for child in process.children(recursive=True))}
+            )
+        return set()
+
+    return family

@@ -253,8 +253,7 @@ def device_probe(
     cores: int,
     least_free_bytes: int,
     own_pids: Pids,
-    engine_pids: Pids = set,
-    engine_root: int | None = None,
+    engine: int | None = None,
     allowed: set[int] | None = None,
 ) -> NvmlProbe | HostProbe:
     """The probe of a device: NVML's of a CUDA device, the host's of a CPU device or where there is no NVML (said once).
@@ -263,21 +262,21 @@ def device_probe(
 
     Args:
         device: one entry of CUDA_VISIBLE_DEVICES; None: the CPU.
-        engine_root: process whose children are the engine's; the host probe finds these itself.
+        engine: process of the replica's server; it and all that descend from it are the engine's.
 
     Other arguments as of the two probes.
 
     Raises:
         ValueError: see the two probes.
     """
-    from tlt_verl.spot.host import HostProbe  # needs what stands above
+    from tlt_verl.spot.host import HostProbe, family_of  # needs what stands above
 
     if device is not None:
-        probe = NvmlProbe(device, least_free_bytes, own_pids, engine_pids=engine_pids)
+        probe = NvmlProbe(device, least_free_bytes, own_pids, engine_pids=family_of(engine))
         if probe.error is None or not probe.error.absent:
             return probe
         _warn_once(f"NVML is not here: {probe.error}. The machine's cores stand for device {device}")
-    root = set() if engine_root is None else {engine_root}  # the engine answers for itself
+    root = set() if engine is None else {engine}  # the engine answers for itself; the probe finds the children
     return HostProbe(cores, lambda: own_pids() | root, allowed)
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from tlt_verl.board import Board, Phase, SpotState
@@ -70,10 +69,15 @@ class ServiceOptions:
     worker: WorkerSettings
 
 
-def say(replica: int, state: str, board: Board) -> None:
+def say_event(lane: str, state: str, step: int | None) -> None:
     """Print the line of the run's log from which `tlt_verl.report.timeline` draws."""
-    said = {"t": round(time.monotonic(), 6), "lane": f"replica {replica}", "state": state}
-    print(f"{EVENT} {json.dumps({**said, 'step': board.step if board.step >= 0 else None})}", flush=True)
+    said = {"t": round(time.monotonic(), 6), "lane": lane, "state": state, "step": step}
+    print(f"{EVENT} {json.dumps(said)}", flush=True)
+
+
+def say(replica: int, state: str, board: Board) -> None:
+    """Print what a replica does from now on."""
+    say_event(f"replica {replica}", state, board.step if board.step >= 0 else None)
 
 
 def replica_state(board: Board) -> str:
@@ -82,14 +86,6 @@ def replica_state(board: Board) -> str:
     if phase is Phase.GENERATE:
         return "generating" if board.requests else "idle"
     return {Phase.STARTING: "starting", Phase.SYNC: "sync"}.get(phase, "policy")
-
-
-def _family(process: psutil.Process) -> set[int]:
-    """A process and all that descend from it; none of them when it has ended."""
-    try:
-        return {process.pid, *(child.pid for child in process.children(recursive=True))}
-    except psutil.NoSuchProcess:
-        return set()
 
 
 def yield_to_all() -> None:
@@ -114,7 +110,6 @@ class SpotService:
         torch.set_num_threads(options.cores)
         self._options, self._board = options, Board(Path(options.board))
         own_pids = {os.getpid()}
-        server_process = psutil.Process(options.server)
         probes = (
             PhaseProbe(self._board),
             EngineProbe(self._board),
@@ -123,8 +118,7 @@ class SpotService:
                 cores=options.cores,
                 least_free_bytes=options.least_free_bytes,
                 own_pids=lambda: own_pids,
-                engine_pids=lambda: _family(server_process),
-                engine_root=options.server,
+                engine=options.server,
             ),
         )
         self._detector = IdleDetector(probes, options.idle_s)
