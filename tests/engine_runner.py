@@ -35,11 +35,15 @@ ENGINE = {
 }
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}
+SWITCHING = ("eagle:3x1@4", "eagle:3x2@6", "eagle:2x3@7", "ngram:3x1@4", "ngram:4x2@8", "off")
+"""Another strategy at random at every step: chains and trees of different width, both drafters, and none."""
 _COUNTERS = ("cached_tokens", "completion_tokens", "spec_verify_ct", "spec_num_correct_drafts")
 
 
-def speculative(algorithm: str, shape: dict[str, int], drafter: Path) -> dict[str, Any]:
-    """Engine options of a speculative algorithm with a tree of this shape."""
+def speculative(algorithm: str, shape: dict[str, int] | Sequence[str], drafter: Path) -> dict[str, Any]:
+    """What `run_engine` takes for a speculative algorithm with a tree of this shape, or that switches between some."""
+    if not isinstance(shape, dict):
+        return _switching(algorithm, shape, drafter)
     backend = {} if algorithm == "TLT" else {"attention_backend": "tlt_cpu"}
     return {
         "speculative_algorithm": algorithm,
@@ -47,6 +51,22 @@ def speculative(algorithm: str, shape: dict[str, int], drafter: Path) -> dict[st
         **shape,
         **backend,
     }
+
+
+def _switching(algorithm: str, strategies: Sequence[str], drafter: Path) -> dict[str, Any]:
+    from tlt_verl.engine.graph_plan import largest
+    from tlt_verl.engine.options import EngineOptions
+
+    options = EngineOptions(strategy={"arms": list(strategies)}, choose_at_random=True, seed=7)
+    environment: dict[str, str] = {}
+    options.export(environment)
+    steps, topk, width = largest(options.strategies())
+    shape = {
+        "speculative_num_steps": steps,
+        "speculative_eagle_topk": topk,
+        "speculative_num_draft_tokens": width,
+    }
+    return speculative(algorithm, shape, drafter) | {"environment": environment}
 
 
 def job(

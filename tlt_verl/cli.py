@@ -15,6 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tlt_verl import doctor
 
         return doctor.main(as_json=arguments.json)
+    if arguments.command == "report":
+        from tlt_verl.report.command import main as report
+
+        return report(arguments.runs, arguments.out, arguments.markdown, arguments.baseline)
     from tlt_verl.config import ConfigError
     from tlt_verl.drafter.eagle import DrafterError
 
@@ -60,7 +64,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a warm-up's folder/latest")
     export.add_argument("--target", type=Path, required=True, help="folder of the target")
     export.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser(
+        "report",
+        help="a page and a table of one run, or of several side by side",
+        description="Reads what verl logged, prints a table in Markdown, and writes one HTML page: learning, speed, "
+        "where the time goes, statistics, spot training, strategies. Nothing is fetched by the page.",
+    )
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a log of verl's console output, or a folder with train.log or TensorBoard events; NAME=PATH names it",
+    )
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (report.html)")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="file for the table, too")
+    report.add_argument("--baseline", metavar="NAME", help="the run that the others are compared with (the first)")
 
 
 def _add_warmup(commands: argparse._SubParsersAction) -> None:

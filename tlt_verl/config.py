@@ -9,91 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from tlt_verl.strategy import ConfigError, Strategy
 
 PREFIX = "actor_rollout_ref.rollout.custom.tlt"
 
 ALGORITHMS = ("eagle",)
 """The drafters' algorithms that this version runs."""
-
-
-class ConfigError(ValueError):
-    """An option that cannot be used. The message names the full key, the value it got, and what it takes."""
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How one batch is drafted, written `eagle:<num_steps>x<topk>@<num_draft_tokens>` or `off`.
-
-    Args:
-        drafter: `eagle` (the trained drafter), `ngram` (model-free) or `off` (no speculation; the numbers are 0).
-        num_steps: depth of the tree of drafts; the drafter runs this many times for one verification.
-        topk: branches that each drafted token is followed by; 1 drafts a chain.
-        num_draft_tokens: tokens that the target verifies at once, the last accepted one (the root) included.
-
-    Raises:
-        ConfigError: the numbers do not describe a tree.
-    """
-
-    DRAFTERS: ClassVar[tuple[str, ...]] = ("eagle", "ngram", "off")
-    TAKES: ClassVar[str] = "eagle:<num_steps>x<topk>@<num_draft_tokens>, for instance eagle:3x1@4, or off"
-
-    drafter: str
-    num_steps: int = 0
-    topk: int = 0
-    num_draft_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if problem := self._problem():
-            written = f"{self.drafter}:{self.num_steps}x{self.topk}@{self.num_draft_tokens}"
-            raise ConfigError(f"got {written!r}: {problem}")
-
-    def __str__(self) -> str:
-        if self.drafter == "off":
-            return "off"
-        return f"{self.drafter}:{self.num_steps}x{self.topk}@{self.num_draft_tokens}"
-
-    @classmethod
-    def parse(cls, text: str) -> Strategy:
-        """The strategy that `str` would write as `text`.
-
-        Raises:
-            ConfigError: `text` is not of that form, or its numbers do not describe a tree.
-        """
-        if text == "off":
-            return cls("off")
-        match = re.fullmatch(r"([a-z]+):(\d+)x(\d+)@(\d+)", text)
-        if match is None:
-            raise ConfigError(f"got {text!r}: takes {cls.TAKES}")
-        return cls(match[1], int(match[2]), int(match[3]), int(match[4]))
-
-    @property
-    def largest_tree(self) -> int:
-        """Tokens in the full tree: the root, topk at the first step, topk² at each later one."""
-        return 1 + self.topk + (self.num_steps - 1) * self.topk**2
-
-    def _problem(self) -> str | None:
-        """What is wrong with the numbers, or None."""
-        if self.drafter not in self.DRAFTERS:
-            return f"drafter {self.drafter!r}; takes one of {', '.join(self.DRAFTERS)}"
-        if self.drafter == "off":
-            return "off has no numbers" if (self.num_steps, self.topk, self.num_draft_tokens) != (0, 0, 0) else None
-        if self.num_steps < 1:
-            return f"num_steps is {self.num_steps}; takes 1 or more (write off for no speculation)"
-        if self.topk < 1:
-            return f"topk is {self.topk}; takes 1 or more"
-        low, high = self.num_steps + 1, self.largest_tree
-        if not low <= self.num_draft_tokens <= high:
-            takes = f"{low}, as a chain drafts one token a step" if low == high else f"{low} to {high}"
-            return f"num_draft_tokens is {self.num_draft_tokens}; {self.num_steps}x{self.topk} takes {takes}"
-        return None
 
 
 def _about(help: str, takes: str) -> dict[str, str]:
@@ -127,13 +56,41 @@ class DrafterConfig:
 
 @dataclass
 class StrategyConfig:
-    """How much is drafted."""
+    """How much is drafted, and how the strategy of a batch is found."""
 
     arms: list[str] = field(
         default_factory=lambda: ["eagle:3x1@4"],
         metadata=_about(
-            "The strategies that may be used. This version takes exactly one.",
-            f"a list of one strategy: {Strategy.TAKES}",
+            "The strategies that may be used; which one is used at which batch size is measured. off is always one.",
+            f"a list of one or more strategies, each once: {Strategy.TAKES}",
+        ),
+    )
+    buckets: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32, 64],
+        metadata=_about(
+            "Batch sizes up to each of these share what is learnt; above the last one there is one bucket more.",
+            "a list of whole numbers above 0, ascending",
+        ),
+    )
+    epsilon: float = field(
+        default=0.1,
+        metadata=_about(
+            "How often a strategy that may be better than the best known one is tried again. 0: each is tried once.",
+            "a number from 0 to 1",
+        ),
+    )
+    window: int = field(
+        default=16,
+        metadata=_about(
+            "Observations of a strategy in a bucket whose median counts; each is of a few steps.",
+            "a whole number of 1 or more",
+        ),
+    )
+    max_running_for_drafting: int | None = field(
+        default=None,
+        metadata=_about(
+            "Nothing is drafted, nor tried, while more requests than this run. null: whatever is faster.",
+            "a whole number of 0 or more, or null",
         ),
     )
 
@@ -267,7 +224,7 @@ def load_config(node: Mapping[str, Any] | DictConfig | None, prefix: str = PREFI
     """
     config = _build(TLTConfig, _plain(node, prefix), prefix)
     _check_algorithm(config.drafter.algorithm, f"{prefix}.drafter.algorithm")
-    _check_arms(config.strategy.arms, f"{prefix}.strategy.arms")
+    _check_strategy(config.strategy, f"{prefix}.strategy")
     for section, names in _ABOVE_ZERO.items():
         for name in names:
             _check_above_zero(getattr(config, section), name, f"{prefix}.{section}")
@@ -342,6 +299,9 @@ def _typed(item: dataclasses.Field, hint: Any, value: Any, key: str) -> Any:
         # YAML 1.1 reads an unquoted off as false: in a list of strategies it can mean nothing else
         value = ["off" if entry is False else entry for entry in value] if isinstance(value, list | tuple) else value
         fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    elif hint == list[int]:
+        value = list(value) if isinstance(value, tuple) else value
+        fits = isinstance(value, list) and all(type(entry) is int for entry in value)
     else:
         value = float(value) if hint is float and type(value) is int else value
         fits = isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
@@ -371,20 +331,32 @@ def _check_range(section: Any, name: str, key: str, fits: Callable[[Any], bool])
 
 def _check_least(config: TLTConfig, key: str) -> None:
     """What no drafter can reach would keep every drafter from serving."""
-    for strategy in config.strategy.parsed():
-        if strategy.drafter != "off" and config.gate.least > strategy.num_steps + 1:
-            raise ConfigError(
-                f"{key}: got {config.gate.least}, takes at most {strategy.num_steps + 1}: {strategy} drafts "
-                f"{strategy.num_steps} tokens and the target adds one"
-            )
+    drafting = [strategy for strategy in config.strategy.parsed() if strategy.drafter == "eagle"]
+    deepest = max(drafting, key=lambda strategy: strategy.num_steps, default=None)
+    if deepest is not None and config.gate.least > deepest.num_steps + 1:
+        raise ConfigError(
+            f"{key}: got {config.gate.least}, takes at most {deepest.num_steps + 1}: {deepest} drafts "
+            f"{deepest.num_steps} tokens and the target adds one"
+        )
+
+
+def _check_strategy(section: StrategyConfig, key: str) -> None:
+    _check_arms(section.arms, f"{key}.arms")
+    _check_range(section, "buckets", key, lambda edges: edges and edges[0] > 0 and edges == sorted(set(edges)))
+    _check_range(section, "epsilon", key, lambda epsilon: 0 <= epsilon <= 1)
+    _check_range(section, "window", key, lambda window: window >= 1)
+    _check_range(section, "max_running_for_drafting", key, lambda most: most is None or most >= 0)
 
 
 def _check_arms(arms: list[str], key: str) -> None:
-    if len(arms) != 1:
-        raise ConfigError(f"{key}: got {len(arms)} arms {arms}; this version takes exactly one, such as [eagle:3x1@4]")
-    try:
-        strategy = Strategy.parse(arms[0])
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
-    if strategy.drafter == "ngram":
-        raise ConfigError(f"{key}: got {arms[0]!r}: ngram is not available in this version; takes {Strategy.TAKES}")
+    if not arms:
+        raise ConfigError(f"{key}: got 0 arms; takes one or more, such as [eagle:3x1@4], or [off] for no speculation")
+    found: list[Strategy] = []
+    for text in arms:
+        try:
+            strategy = Strategy.parse(text)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if strategy in found:
+            raise ConfigError(f"{key}: got {text!r} twice in {arms}; takes each strategy once: remove one")
+        found.append(strategy)

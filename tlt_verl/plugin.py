@@ -108,8 +108,7 @@ def check_run(config: Any) -> None:
     check_versions(on_cpu_device())
     options = checks.check_run(config, on_cpu_device())
     target = checks.target_config(config)
-    (strategy,) = options.strategy.parsed()
-    if target is None or strategy.drafter == "off":
+    if target is None or all(strategy.drafter == "off" for strategy in options.strategy.parsed()):
         return
     check_target(target)
     if options.drafter.path is not None:

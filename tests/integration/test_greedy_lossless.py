@@ -14,7 +14,7 @@ import copy
 
 import pytest
 import torch
-from engine_runner import CHAIN, TREE, job, run_engine, speculative
+from engine_runner import CHAIN, SWITCHING, TREE, job, run_engine, speculative
 from fitted_drafter import fit_drafter
 from random_weights import spread_weights
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytestmark = pytest.mark.slow
 
 VOCAB, TOKENS, TIMEOUT_S = 512, 128, 600
-SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
+SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE, "switching at every step": SWITCHING}
 GREEDY = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
 
 

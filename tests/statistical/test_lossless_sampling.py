@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from chi_square import ALPHA, chi_square
-from engine_runner import CHAIN, TREE, job, run_engine, speculative
+from engine_runner import CHAIN, SWITCHING, TREE, job, run_engine, speculative
 from exact import ExactTarget, sequence_logprobs
 from fitted_drafter import fit_drafter
 from negative_control import write_plugin
@@ -33,7 +33,7 @@ from tlt_verl.drafter import HOT_TOKENS
 pytestmark = pytest.mark.slow
 
 PROMPT = [1, 5, 7, 2, 9, 3]
-SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
+SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE, "switching at every step": SWITCHING}
 TIMEOUT_S = 600
 HOT = [1, 2, 4, 7, 8, 10]
 SAMPLES, CALLS = 20000, 10

@@ -9,6 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from tlt_verl import strategy as strategy_module
 from tlt_verl.config import PREFIX, ConfigError, Strategy, TLTConfig, load_config, options
 
 YAML = Path(__file__).parents[2] / "configs" / "tlt.yaml"
@@ -47,6 +48,10 @@ def test_every_option_has_help():
         "drafter.algorithm",
         "drafter.hot_vocab",
         "strategy.arms",
+        "strategy.buckets",
+        "strategy.epsilon",
+        "strategy.window",
+        "strategy.max_running_for_drafting",
         "tap.enable",
         "tap.buffer_gb",
         "tap.max_tokens_per_step",
@@ -95,6 +100,20 @@ def test_the_options_of_spot_training_and_of_the_gate_are_read_up_to_their_bound
     assert load_config({"drafter": {"hot_vocab": None}}).drafter.hot_vocab is None
 
 
+def test_the_options_of_the_strategy_are_read_up_to_their_bounds():
+    arms = ["eagle:7x1@8", "eagle:6x4@24", "ngram:8x1@9", "off"]
+    given = {"arms": arms, "buckets": [1, 300], "epsilon": 1, "window": 1, "max_running_for_drafting": 0}
+    config = load_config({"strategy": given}).strategy
+    assert dataclasses.asdict(config) == given and isinstance(config.epsilon, float)
+    assert [str(strategy) for strategy in config.parsed()] == arms
+    assert load_config({"strategy": {"epsilon": 0, "max_running_for_drafting": None}}).strategy.epsilon == 0.0
+
+
+def test_strategies_are_of_one_class_wherever_they_are_imported_from():
+    assert strategy_module.Strategy is Strategy and strategy_module.ConfigError is ConfigError
+    assert Strategy("off") == strategy_module.OFF
+
+
 def test_interpolations_into_the_outer_configuration_are_resolved():
     outer = OmegaConf.create({"home": "/data", "tlt": {"drafter": {"path": "${home}/drafter"}}})
     assert load_config(outer.tlt).drafter.path == "/data/drafter"
@@ -138,7 +157,7 @@ def test_an_override_on_hydras_command_line_reads_as_written():
         ({"drafter": {"algorithm": "eagel"}}, ["drafter.algorithm: got 'eagel'", "Did you mean eagle?"]),
         ({"debug": {"fingerprint": 1}}, ["debug.fingerprint: got 1 (int)", "true or false"]),
         ({"debug": {"fingerprint": "yes"}}, ["debug.fingerprint: got 'yes' (str)", "true or false"]),
-        ({"strategy": {"arms": "eagle:3x1@4"}}, ["strategy.arms: got 'eagle:3x1@4' (str)", "a list of one strategy"]),
+        ({"strategy": {"arms": "eagle:3x1@4"}}, ["strategy.arms: got 'eagle:3x1@4' (str)", "list of one or more"]),
         ({"tap": {"enable": 1}}, ["tap.enable: got 1 (int)", "true or false"]),
         ({"tap": {"buffer_gb": 0}}, ["tap.buffer_gb: got 0.0", "a number above 0"]),
         ({"tap": {"max_tokens_per_step": 1.5}}, ["tap.max_tokens_per_step: got 1.5 (float)", "above 0"]),
@@ -164,12 +183,28 @@ def test_an_override_on_hydras_command_line_reads_as_written():
         ({"gate": {"every_s": 0}}, ["gate.every_s: got 0.0", "a number above 0"]),
         ({"gate": {"least": 0.9}}, ["gate.least: got 0.9", "1 or more"]),
         ({"gate": {"least": float("inf")}}, ["gate.least: got inf", "1 or more"]),
-        ({"strategy": {"arms": [3]}}, ["strategy.arms: got [3] (list)", "a list of one strategy"]),
-        ({"strategy": {"arms": []}}, ["strategy.arms: got 0 arms", "exactly one"]),
-        ({"strategy": {"arms": ["off", "eagle:3x1@4"]}}, ["strategy.arms: got 2 arms", "exactly one"]),
+        ({"strategy": {"arms": [3]}}, ["strategy.arms: got [3] (list)", "a list of one or more"]),
+        ({"strategy": {"arms": []}}, ["strategy.arms: got 0 arms", "one or more", "[off]"]),
+        ({"strategy": {"arms": ["off", "eagle:3x1@4", "off"]}}, ["strategy.arms: got 'off' twice", "remove one"]),
+        ({"strategy": {"arms": ["eagle:3x1@4", "eagle:03x1@4"]}}, ["strategy.arms: got 'eagle:03x1@4' twice"]),
         ({"strategy": {"arms": ["eagle-3"]}}, ["strategy.arms: got 'eagle-3'", "<num_steps>x<topk>", "or off"]),
         ({"strategy": {"arms": ["eagle:0x1@1"]}}, ["strategy.arms: got 'eagle:0x1@1'", "num_steps is 0"]),
-        ({"strategy": {"arms": ["ngram:8x1@9"]}}, ["strategy.arms: got 'ngram:8x1@9'", "not available"]),
+        ({"strategy": {"arms": ["ngram:8x1@8"]}}, ["strategy.arms: got 'ngram:8x1@8'", "takes 9"]),
+        ({"strategy": {"buckets": []}}, ["strategy.buckets: got []", "above 0, ascending"]),
+        ({"strategy": {"buckets": [0, 1]}}, ["strategy.buckets: got [0, 1]", "above 0, ascending"]),
+        ({"strategy": {"buckets": [2, 1]}}, ["strategy.buckets: got [2, 1]", "above 0, ascending"]),
+        ({"strategy": {"buckets": [1, 1]}}, ["strategy.buckets: got [1, 1]", "above 0, ascending"]),
+        ({"strategy": {"buckets": [1, 2.0]}}, ["strategy.buckets: got [1, 2.0] (list)", "ascending"]),
+        ({"strategy": {"buckets": [True]}}, ["strategy.buckets: got [True] (list)", "ascending"]),
+        ({"strategy": {"buckets": 8}}, ["strategy.buckets: got 8 (int)", "a list of whole numbers"]),
+        ({"strategy": {"epsilon": -0.1}}, ["strategy.epsilon: got -0.1", "a number from 0 to 1"]),
+        ({"strategy": {"epsilon": 1.5}}, ["strategy.epsilon: got 1.5", "a number from 0 to 1"]),
+        ({"strategy": {"epsilon": float("nan")}}, ["strategy.epsilon: got nan", "a number from 0 to 1"]),
+        ({"strategy": {"window": 0}}, ["strategy.window: got 0", "1 or more"]),
+        ({"strategy": {"window": 2.5}}, ["strategy.window: got 2.5 (float)", "1 or more"]),
+        ({"strategy": {"max_running_for_drafting": -1}}, ["max_running_for_drafting: got -1", "0 or more, or null"]),
+        ({"strategy": {"max_running_for_drafting": "8"}}, ["max_running_for_drafting: got '8' (str)", "or null"]),
+        ({"max_running": 8}, [f"{PREFIX}.max_running: unknown key"]),
         ({"strategy": {"arms": ["eagel:3x1@4"]}}, ["strategy.arms", "'eagel'", "eagle, ngram, off"]),
     ],
 )
@@ -182,6 +217,10 @@ def test_an_accept_length_that_no_drafter_can_reach_is_refused_before_anything_s
     """One draft a verification makes two tokens at most: a gate that asks for more would never open."""
     text = message({"gate": {"least": 2.5}, "spot": {"enable": True}, "strategy": {"arms": ["eagle:1x1@2"]}})
     assert f"{PREFIX}.gate.least: got 2.5" in text
+    arms = ["eagle:1x1@2", "ngram:8x1@9", "eagle:3x1@4"]
+    assert load_config({"gate": {"least": 4}, "strategy": {"arms": arms}}).gate.least == 4, "the deepest can"
+    text = message({"gate": {"least": 4.5}, "strategy": {"arms": arms}})
+    assert "takes at most 4: eagle:3x1@4" in text
 
 
 def test_an_interpolation_that_leads_nowhere_names_the_node():

@@ -1,4 +1,5 @@
-"""Every operator of the `sgl_kernel` stand-in: nine against SGLang's own Triton kernels, three against plain loops.
+"""Every operator of the `sgl_kernel` stand-in: nine against SGLang's own Triton kernels, three against plain loops,
+and one against the trees that its masks were made from.
 
 What it would catch: a tree whose links, mask or positions are not the ones that the rest of SGLang expects, a walk that
 accepts too much or too little, slots of one request written into another's row, and sampling that is not the one that a
@@ -111,6 +112,27 @@ def test_tree_sampling_emits_the_targets_distribution(tree):
     deviation = (probs[0] * (1 - probs[0]) / batch).sqrt()
     assert ((share - probs[0]).abs() < 5 * deviation).all()
     assert 0.05 < (count > 0).double().mean() < 0.95
+
+
+@pytest.mark.parametrize("topk", [1, 3])
+def test_a_tree_is_reconstructed_from_its_mask(topk):
+    from sgl_kernel.speculative import reconstruct_indices_from_tree_mask
+
+    lengths = torch.tensor([5, 9])
+    if topk == 1:
+        nodes, parents, selected = 4, torch.tensor([[-1, 0, 1]] * 2), torch.tensor([[0, 1, 2]] * 2)
+    else:  # the root's three children, then children of the first and of the third of them
+        nodes, parents, selected = 6, torch.tensor([[-1, 0, 1, 2], [-1, 2, 0, 1]]), torch.tensor([[0, 1, 2, 3, 9]] * 2)
+    mask = torch.empty(2 * nodes * nodes, dtype=torch.bool)
+
+    def outputs():
+        return [torch.empty(2 * nodes, dtype=torch.int64), *(torch.full((2, nodes), -7) for _ in range(3))]
+
+    built, found = outputs(), outputs()
+    sgl_kernel.build_tree_kernel_efficient_cpu(parents, selected, lengths, mask, *built, topk, 3, nodes)
+    reconstruct_indices_from_tree_mask(mask, lengths, *found, 2, nodes)
+    for ours, theirs in zip(found, built, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_another_mask_mode_is_refused_by_name():

@@ -10,6 +10,9 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
+
+from tlt_verl.config import Strategy, StrategyConfig
 
 ENVIRONMENT = "TLT_ENGINE_OPTIONS"
 
@@ -25,6 +28,9 @@ class EngineOptions:
         publications: folder whose sub-folders `v<version>` hold the drafters that may be published; or None.
         board: file of the replica's board, on which the scheduler says whether it is busy; or None.
         draft_untrained: draft with a drafter that was made from the target and never trained.
+        strategy: the options of `StrategyConfig` by name; {} runs the one strategy that SGLang's arguments describe.
+        choose_at_random: every step runs another of the strategies: a test of what must not depend on them.
+        seed: of the choices.
     """
 
     tap: str | None = None
@@ -33,6 +39,13 @@ class EngineOptions:
     publications: str | None = None
     board: str | None = None
     draft_untrained: bool = False
+    strategy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    choose_at_random: bool = False
+    seed: int = 0
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The strategies that may run beside `off`; none where SGLang's arguments decide."""
+        return StrategyConfig(**self.strategy).parsed() if self.strategy else ()
 
     def export(self, environment: dict[str, str] | None = None) -> None:
         """Write the options to `environment` (default: this process's own), for the processes that it starts."""

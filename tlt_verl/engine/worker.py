@@ -24,9 +24,11 @@ from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 from tlt_verl.board import Board
 from tlt_verl.engine import tap_batch
 from tlt_verl.engine.after_death import remove_after_death
-from tlt_verl.engine.drafting import Drafting
+from tlt_verl.engine.arms import own_captures
+from tlt_verl.engine.graph_plan import DRAFT, EXTEND, VERIFY
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.engine.publication import Publications, PublishGap
+from tlt_verl.engine.speculation import NGRAM, Speculation, plan_of
 from tlt_verl.engine.tap import Tap
 from tlt_verl.policy_files import PolicyShare
 from tlt_verl.segments import SegmentWriter, ring_bytes
@@ -58,10 +60,18 @@ class TLTWorker(EAGLEWorkerV2):
         self._tap = self._open_tap() if self.options.tap is not None and self.ps.tp_rank == 0 else None
         self._tap_failures = int(self.options.tap is not None and self.ps.tp_rank == 0 and self._tap is None)
 
+    def init_attention_backends(self) -> None:
+        """SGLang's. Next it captures the target's graphs, for the planned batch sizes."""
+        super().init_attention_backends()
+        self._target_captures = contextlib.ExitStack()
+        self._target_captures.enter_context(own_captures(self, plan_of(self, self.options), VERIFY))
+
     def init_cuda_graphs(self) -> None:
-        """SGLang's graphs, and those of decoding without drafts: the last part of the engine's start."""
-        super().init_cuda_graphs()
-        self._drafting = Drafting(self)
+        """SGLang's graphs, and those of the other strategies: the last part of the engine's start."""
+        self._target_captures.close()
+        with own_captures(self, plan_of(self, self.options), DRAFT, EXTEND):
+            super().init_cuda_graphs()
+        self._speculation = Speculation(self, self.options, self._all_ranks_take)
         self._publications = Publications(
             Path(self.options.publications or os.devnull),
             self._draft_worker,
@@ -78,12 +88,13 @@ class TLTWorker(EAGLEWorkerV2):
         )
         if not (self.drafter_trained or self.options.draft_untrained):
             logger.info("tlt: the drafter was never trained; drafting begins with the first publication")
-            self._drafting.turn(False)
+            self._speculation.may_draft(False)
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """EAGLE's step; what the tap will need of it is noted on the result."""
+        """EAGLE's step with the strategy of the moment; what the tap will need of it is noted on the result."""
         if self._policy_changed:
             self.policy_version, self._policy_changed = self.policy_version + 1, False
+            self._speculation.policy_changed()
         is_prefill = batch.forward_mode.is_extend() or batch.is_extend_in_batch
         if self._publications.drafts_are_stale and not is_prefill and batch.spec_info is not None:
             batch.spec_info.topk_index = torch.zeros_like(batch.spec_info.topk_index)  # one wrong draft a request
@@ -91,7 +102,13 @@ class TLTWorker(EAGLEWorkerV2):
         tapping = self._tap is not None and self._tapping and not batch.forward_mode.is_idle()
         lens = (list(batch.prefix_lens), list(batch.extend_lens)) if tapping and is_prefill else ()
         self._publish_gap.step_begins()
-        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if is_prefill:
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+            self._speculation.after_prefill(batch, result)
+        else:
+            arm = self._speculation.before_decode(batch)
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+            self._speculation.after_decode(batch, result, arm)
         self._publish_gap.step_ends()
         if tapping:
             with self._tap_guard():
@@ -101,6 +118,20 @@ class TLTWorker(EAGLEWorkerV2):
                 tapped = tap_batch.Tapped(hidden, self.policy_version, self._event_here(), *lens)
                 setattr(result, _TAPPED, tapped)
         return result
+
+    def _build_trivial_verify_input(self, batch: Any) -> Any:
+        """Where the trained drafter does not run: the model-free drafter's tree, or the root alone."""
+        if self._speculation.arms.active.strategy.drafter == NGRAM and not batch.forward_mode.is_idle():
+            return self._speculation.drafts(batch)
+        return super()._build_trivial_verify_input(batch)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Any:
+        """EAGLE's, as deep as the tree is, whoever drafted it."""
+        steps, self.speculative_num_steps = self.speculative_num_steps, self._speculation.arms.active.strategy.num_steps
+        try:
+            return super().verify(*args, **kwargs)
+        finally:
+            self.speculative_num_steps = steps
 
     # --- the scheduler's side: called through the seams sglang.batch_result and sglang.internal_state
 
@@ -118,6 +149,7 @@ class TLTWorker(EAGLEWorkerV2):
             for req, is_live in zip(batch.reqs, live, strict=True):
                 req.spec_verify_ct -= is_live  # the scheduler counts it; decoding without drafts verifies nothing
         answer = process(batch, result)
+        self._speculation.processed(batch, result, live)
         if tapped is not None and self._tap is not None:
             with self._tap_guard():
                 self._record(self._tap, tapped, batch, result, starts, live)
@@ -126,6 +158,7 @@ class TLTWorker(EAGLEWorkerV2):
     def on_idle(self) -> None:
         """Nothing is running: write what the tap has staged, and say so on the board."""
         self._publish_gap.idle()
+        self._speculation.idle()
         if self._tap is not None:
             with self._tap_guard():
                 self._tap.write_all()
@@ -147,11 +180,12 @@ class TLTWorker(EAGLEWorkerV2):
                 published = not asleep and self._publications.publish(int(value))
                 if published:
                     self._publish_gap.published()
-                if published != self._drafting.is_on and (published or self._publications.is_broken):
-                    self._drafting.turn(published)
+                    self._speculation.drafter_changed()
+                if published or self._publications.is_broken:
+                    self._speculation.may_draft(published)
                 done &= published
             elif name == "drafting":
-                self._drafting.turn(bool(value))
+                self._speculation.may_draft(bool(value))
             elif name == "share":
                 done &= not asleep and self._share.begin()
             elif name == "tapping":
@@ -169,7 +203,8 @@ class TLTWorker(EAGLEWorkerV2):
         return {
             "policy_version": self.policy_version,
             "newest_policy_version": self._newest_policy_version(),
-            "drafting": self._drafting.is_on,
+            "drafting": self._speculation.trained,
+            "speculation": self._speculation.state(),
             "drafter": {
                 "version": publications.version,
                 "staged": publications.staged,
@@ -278,6 +313,15 @@ class TLTWorker(EAGLEWorkerV2):
         event = torch.get_device_module(self.device).Event()
         event.record()
         return event
+
+    def _all_ranks_take(self, number: int) -> int:
+        """The first tensor-parallel rank's number."""
+        if self.ps.tp_size == 1:
+            return number
+        taken = torch.tensor([number])
+        group = get_tp_group()
+        torch.distributed.broadcast(taken, src=group.ranks[0], group=group.cpu_group)
+        return int(taken.item())
 
     def _all_ranks_agree(self, yes: bool) -> bool:
         if self.ps.tp_size == 1:

@@ -53,6 +53,15 @@ def generated_tokens(metrics: dict[str, float]) -> float:
     return metrics["perf/total_num_tokens"] * response / (response + prompt)
 
 
+def tokens_per_s(metrics: dict[str, float]) -> float | None:
+    """Tokens of the responses over the wall time of their generation; None where the step does not say."""
+    lengths = ("response_length/mean", "prompt_length/mean", "perf/total_num_tokens")
+    seconds = metrics.get("timing_s/gen")
+    if not seconds or not all(metrics.get(key) for key in lengths):
+        return None
+    return generated_tokens(metrics) / seconds
+
+
 @dataclass(frozen=True)
 class Column:
     """One figure of a step: how it is headed, computed and written; None where the step does not have it."""
@@ -65,8 +74,7 @@ class Column:
     def value(self, metrics: dict[str, float]) -> float | None:
         """The figure of one step."""
         if self.head == "tokens/s":
-            seconds = metrics.get("timing_s/gen")
-            return generated_tokens(metrics) / seconds if seconds else None
+            return tokens_per_s(metrics)
         return next((metrics[key] for key in self.keys if key in metrics), None)
 
     def cell(self, value: float | None) -> str:

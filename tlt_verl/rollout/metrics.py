@@ -12,7 +12,6 @@ class Counters:
     """What one response reports: tokens it has, and what speculation did for it (0 where it did nothing)."""
 
     tokens: int
-    proposed: int
     accepted: int
     verifications: int
 
@@ -20,26 +19,21 @@ class Counters:
 def step_metrics(responses: Sequence[Counters], generation_s: float) -> dict[str, float]:
     """Metrics of one step, under the names of verl's logger.
 
-    `tlt/accept_len` is tokens produced per verification, the bonus token included; `tlt/accept_rate` accepted over
-    proposed drafts; both are over the step's tokens, so a long response counts as much as it took. `tlt/draft_share/*`
-    are shares of the step's tokens by what produced them. Ratios without a denominator are left out.
+    `tlt/accept_len` is tokens produced per verification, the bonus token included, over the step's tokens, so a long
+    response counts as much as it took; `tlt/draft_share/off` the share of the tokens that nobody drafted for. Ratios
+    without a denominator are left out. What the strategies did is `EngineMetrics`' to say.
 
     Args:
         generation_s: wall time of the step's generation, seconds.
     """
     tokens = sum(r.tokens for r in responses)
-    proposed = sum(r.proposed for r in responses)
     accepted = sum(r.accepted for r in responses)
     verifications = sum(r.verifications for r in responses)
     metrics: dict[str, float] = {}
     if verifications:
         metrics["tlt/accept_len"] = (accepted + verifications) / verifications
-    if proposed:
-        metrics["tlt/accept_rate"] = accepted / proposed
     if tokens:
-        drafted = min(1.0, (accepted + verifications) / tokens)
-        metrics["tlt/draft_share/eagle"] = drafted
-        metrics["tlt/draft_share/off"] = 1.0 - drafted
+        metrics["tlt/draft_share/off"] = 1.0 - min(1.0, (accepted + verifications) / tokens)
     if generation_s > 0:
         metrics["tlt/tokens_per_s"] = tokens / generation_s
     return metrics
@@ -55,7 +49,9 @@ class EngineMetrics:
         """Counters are what this step did, on all replicas that answered.
 
         `tlt/drafter/version` is the oldest that serves, `tlt/drafter/drafting` the share of the replicas that draft,
-        `tlt/drafter/pause_ms` how long a scheduler stood still for its last publication, at most.
+        `tlt/drafter/pause_ms` how long a scheduler stood still for its last publication, at most. `tlt/accept_rate` is
+        accepted over verified drafts; `tlt/draft_share/*` the shares of what decoding produced by who drafted it;
+        `tlt/tuner/<batch sizes>/<strategy>` the share of the steps at these batch sizes that ran with it.
 
         Args:
             states: one a replica, in their order; empty where it does not speculate or did not answer.
@@ -69,6 +65,7 @@ class EngineMetrics:
                 change = total - (0.0 if began_again else before.get(name, 0.0))
                 metrics[name] = metrics.get(name, 0.0) + change
             before.update(now)
+        _strategies(metrics)
         self._spot(metrics, [state["spot"] for state in states if state and "spot" in state])
         metrics |= next((state["coordinator"] for state in states if state.get("coordinator")), {})
         drafters = [(state["drafter"], state["drafting"]) for state in states if state]
@@ -110,6 +107,45 @@ _SPOT = {
 """Counters of a replica's board: the field and its unit's size."""
 
 
+_COUNT = "count/"  # of a counter that is not a metric itself: it goes into ratios
+
+
+def _strategies(metrics: dict[str, float]) -> None:
+    """Shares and rates from the step's counts of strategies, in their place."""
+    counts = {name.removeprefix(_COUNT): metrics.pop(name) for name in list(metrics) if name.startswith(_COUNT)}
+    totals = {what: sum(n for name, n in counts.items() if name.startswith(f"{what}/")) for what in ("tokens", "drafts")}
+    if totals["drafts"]:
+        accepted = sum(n for name, n in counts.items() if name.startswith("accepted/"))
+        metrics["tlt/accept_rate"] = accepted / totals["drafts"]
+    if totals["tokens"]:
+        for drafter in ("eagle", "ngram", "off"):
+            metrics[f"tlt/draft_share/{drafter}"] = counts.get(f"tokens/{drafter}", 0.0) / totals["tokens"]
+    steps = {name.removeprefix("steps/"): n for name, n in counts.items() if name.startswith("steps/")}
+    for name, count in steps.items():
+        bucket = name.partition("/")[0]
+        if all_steps := sum(n for other, n in steps.items() if other.partition("/")[0] == bucket):
+            metrics[f"tlt/tuner/{name}"] = count / all_steps
+
+
+def _strategy_counters(speculation: dict) -> dict[str, float]:
+    """What one replica's strategies have counted since its start."""
+    counted: dict[str, float] = {}
+    for strategy, counts in speculation.get("strategies", {}).items():
+        drafter = strategy.partition(":")[0]
+        for what, count in (
+            (f"tokens/{drafter}", counts["tokens"]),
+            (f"drafts/{drafter}", counts["drafts"]),
+            (f"accepted/{drafter}", counts["tokens"] - counts["verified"]),
+        ):
+            counted[_COUNT + what] = counted.get(_COUNT + what, 0.0) + count
+    for name, value in speculation.get("tuner", {}).items():
+        if name.endswith("/steps"):
+            counted[f"{_COUNT}steps/{name.removesuffix('/steps')}"] = value
+        elif name == "lost_seconds":
+            counted["tlt/tuner/lost_s"] = value
+    return counted
+
+
 def _engine_counters(state: dict) -> dict[str, float]:
     """What one replica has counted since its start."""
     drafter, tap = state["drafter"], state["tap"]
@@ -117,6 +153,7 @@ def _engine_counters(state: dict) -> dict[str, float]:
         "tlt/drafter/published": float(drafter["published"]),
         "tlt/drafter/rejected": float(sum(drafter["rejected"].values())),
     }
+    counted |= _strategy_counters(state.get("speculation", {}))
     if "spot" in state:
         spot = state["spot"]
         counted |= {name: spot[field] * scale for name, (field, scale) in _SPOT.items()}
@@ -130,7 +167,6 @@ def counters(extra_fields: dict, tokens: int) -> Counters:
     """The counters of one response from verl's `extra_fields`; a response without them was not drafted for."""
     return Counters(
         tokens=tokens,
-        proposed=int(extra_fields.get("spec_num_draft_tokens", 0)),
         accepted=int(extra_fields.get("spec_num_accepted_tokens", 0)),
         verifications=int(extra_fields.get("spec_num_verify_steps", 0)),
     )

@@ -28,8 +28,10 @@ from tlt_verl.config import TLTConfig, load_config
 from tlt_verl.drafter.checkpoint import write_drafter
 from tlt_verl.engine import client
 from tlt_verl.engine.after_death import remove_after_death
+from tlt_verl.engine.graph_plan import largest
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.rollout.spot import SpotHost, job_prefix, spot_host
+from tlt_verl.strategy import OFF
 
 logger = logging.getLogger(__name__)
 
@@ -66,27 +68,29 @@ def engine_options(options: TLTConfig, drafters: Path, board: Path | None = None
         tap_bytes=round(tap.buffer_gb * 2**30),
         tap_tokens_per_step=tap.max_tokens_per_step,
         publications=str(drafters),
+        strategy=dataclasses.asdict(options.strategy),
     )
 
 
 def with_engine_options(rollout: RolloutConfig) -> RolloutConfig:
     """The rollout configuration that stock verl's server has to see to launch our engine."""
     options = tlt_config(rollout)
-    (strategy,) = options.strategy.parsed()
+    strategies = options.strategy.parsed()
     engine = dict((rollout.engine_kwargs or {}).get("sglang") or {})
     changes: dict[str, Any] = {}
     if get_platform().device_name == "cpu":
         engine = {**_CPU_ENGINE, **engine}
         changes["free_cache_engine"] = False  # there is no device memory to give back
-    if strategy.drafter != "off":
+    if any(strategy != OFF for strategy in strategies):
         engine["speculative_draft_model_path"] = options.drafter.path
+        num_steps, topk, num_draft_tokens = largest(strategies, engine.get("page_size") or 1)
         changes["mtp"] = MtpConfig(
             enable=True,
             enable_rollout=True,
             speculative_algorithm=ALGORITHM,
-            speculative_num_steps=strategy.num_steps,
-            speculative_eagle_topk=strategy.topk,
-            speculative_num_draft_tokens=strategy.num_draft_tokens,
+            speculative_num_steps=num_steps,
+            speculative_eagle_topk=topk,
+            speculative_num_draft_tokens=num_draft_tokens,
         )
     changes["engine_kwargs"] = {**(rollout.engine_kwargs or {}), "sglang": engine}
     return dataclasses.replace(rollout, **changes)
@@ -125,8 +129,8 @@ class TLTHttpServer(SGLangHttpServer):
 
     def _make_board(self, options: TLTConfig) -> Board | None:
         """A page for spot training, where there is to be any."""
-        (strategy,) = options.strategy.parsed()
-        wanted = options.spot.enable and strategy.drafter != "off" and self.node_rank == 0
+        trains = options.spot.enable and any(strategy.drafter == "eagle" for strategy in options.strategy.parsed())
+        wanted = trains and self.node_rank == 0
         if not wanted or self.rollout_mode == RolloutMode.COLOCATED:  # a reward model's or a teacher's
             return None
         try:

@@ -297,7 +297,6 @@ def _service_options(
     server: Any, options: TLTConfig, board: Board, drafters: Path, config: dict[str, Any]
 ) -> ServiceOptions:
     spot, gate, on_cpu = options.spot, options.gate, get_platform().device_name == "cpu"
-    (strategy,) = options.strategy.parsed()
     learner = LearnerSettings(
         step_s=spot.yield_ms / 1e3,
         most_rows=spot.micro_batch_tokens,
@@ -307,7 +306,7 @@ def _service_options(
         gate_tokens=gate.tokens,
         hot_size=options.drafter.hot_vocab,
         always_hot=tuple(_ends(server.model_config)),
-        num_steps=strategy.num_steps,
+        num_steps=max(strategy.num_steps for strategy in options.strategy.parsed() if strategy.drafter == "eagle"),
         least=gate.least,
         seed=server.replica_rank,
     )

@@ -2,7 +2,8 @@
 
 Names and argument order are sgl_kernel's own; all results are written in place, as there. Three files: `cache` (slots
 and KV), `tree` (building and walking the verify tree), `sampling` (what the sampling branch of stock verification
-calls). Knows nothing of SGLang. An operator that is not here raises an error that names it and says what to install.
+calls); `speculative` is sgl_kernel's module of that name, which NGRAM imports from. Knows nothing of SGLang. An
+operator that is not here raises an error that names it and says what to install.
 
 Legend: B requests, N nodes of a verify tree (root included), V vocabulary.
 """

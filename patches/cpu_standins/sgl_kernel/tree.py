@@ -46,6 +46,35 @@ def build_tree_kernel_efficient_cpu(
     _link(parent, retrieve_next_token, retrieve_next_sibling)
 
 
+def reconstruct_indices_from_tree_mask(
+    tree_mask,
+    verified_seq_len,
+    positions,
+    retrieve_index,
+    retrieve_next_token,
+    retrieve_next_sibling,
+    batch_size,
+    draft_token_num,
+):
+    """Positions and links of the verify trees that the masks describe; a node that is below none hangs nowhere.
+
+    Args:
+        tree_mask: bool [>= B*N*N]; entry (i, j) says whether node i sees node j.
+        verified_seq_len: [B] tokens before the tree.
+        positions: int64 [B*N], out.
+        retrieve_index, retrieve_next_token, retrieve_next_sibling: int64 [B, N], out.
+    """
+    nodes = draft_token_num
+    index = torch.arange(nodes)
+    mask = tree_mask[: batch_size * nodes * nodes].view(batch_size, nodes, nodes).bool()
+    above = mask & (index < index[:, None])
+    parent = torch.where(above, index, -1).amax(-1)
+    positions.copy_((verified_seq_len.long()[:, None] + above.sum(-1)).reshape(-1))
+    retrieve_index.copy_(torch.arange(batch_size * nodes).view(batch_size, nodes))
+    _link(parent, retrieve_next_token, retrieve_next_sibling)
+    retrieve_next_sibling.masked_fill_(parent < 0, -1)
+
+
 def _chain(batch, nodes):
     """Parents [B, N] of a chain: -1, 0, 1, ..."""
     return torch.arange(-1, nodes - 1).expand(batch, nodes)

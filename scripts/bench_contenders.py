@@ -1,0 +1,161 @@
+"""What bench_rollout.py compares: for each contender, the engine's arguments and environment, and what to know of it.
+
+All differ in nothing but how they draft, and, on a CPU, in what their drafting cannot run without: see `remark`. Knows
+the names of SGLang's arguments; starts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tlt_verl.config import Strategy, StrategyConfig
+from tlt_verl.drafter import HOT_TOKENS
+from tlt_verl.engine.graph_plan import largest
+from tlt_verl.engine.options import EngineOptions
+
+BASELINE = "sglang"
+NAMES = (BASELINE, "eagle", "ngram", "tlt")
+OFF = "off"
+"""TLT with nothing drafted. Its attention and its sampling are not stock's: what is above it is what speculation adds."""
+
+_GREEDY_ON_CPU = (
+    "stock verification takes the argmax on a CPU, whatever the temperature: what it produces are not samples at this "
+    "temperature, and more is accepted than samples would allow"
+)
+_OUR_ATTENTION = "attention_backend=tlt_cpu: stock SGLang has no tree verify on a CPU without a native sgl_kernel"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One engine.
+
+    Args:
+        name: of the contender.
+        about: what runs, in a line.
+        engine: arguments of `sglang.Engine`.
+        environment: variables of its processes.
+        remark: what its figures cannot say.
+        tunes: whether its worker has counters of strategies.
+    """
+
+    name: str
+    about: str
+    engine: dict[str, Any]
+    environment: dict[str, str]
+    remark: str = ""
+    tunes: bool = False
+
+
+def make_contenders(options: argparse.Namespace, drafter: Path, max_running: int) -> list[Contender]:
+    """The contenders of `options.contenders`, in that order.
+
+    Args:
+        options: those of bench_rollout.py.
+        drafter: folder in SGLang's EAGLE format, for all that draft with one.
+        max_running: most requests that run at a time.
+    """
+    makers = {BASELINE: _baseline, "eagle": _eagle, "ngram": _ngram, "tlt": _tlt, OFF: _off}
+    common = _engine(options, max_running)
+    return [makers[name](options, drafter, common) for name in options.contenders]
+
+
+def _engine(options: argparse.Namespace, max_running: int) -> dict[str, Any]:
+    """Arguments that all engines have. The prefix cache is on, as it is in SGLang."""
+    return {
+        "model_path": str(options.model),
+        "skip_tokenizer_init": True,
+        "dtype": options.dtype,
+        "random_seed": options.seed,
+        "max_running_requests": max_running,
+        "max_total_tokens": options.max_total_tokens,
+        "mem_fraction_static": 0.2,
+        "log_level": "error",
+        "device": "cpu",
+        "disable_overlap_schedule": True,
+        "sleep_on_idle": True,  # the engine whose turn it is not must not spin on the other's core
+    }
+
+
+def _environment(options: argparse.Namespace, **more: str) -> dict[str, str]:
+    return {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": str(options.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+
+
+def _baseline(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
+    # SGLANG_PLUGINS is a list of the plugins that are loaded: of this name there is none
+    environment = _environment(options, SGLANG_PLUGINS="none")
+    engine = {**common, "attention_backend": "torch_native"}
+    return Contender(BASELINE, "stock SGLang without speculation, no plugin, torch_native", engine, environment)
+
+
+def _eagle(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
+    strategy: Strategy = options.eagle
+    hot = drafter / HOT_TOKENS
+    engine = {
+        **common,
+        "attention_backend": "tlt_cpu",
+        "speculative_algorithm": "EAGLE",
+        "speculative_draft_model_path": str(drafter),
+        "speculative_num_steps": strategy.num_steps,
+        "speculative_eagle_topk": strategy.topk,
+        "speculative_num_draft_tokens": strategy.num_draft_tokens,
+        "speculative_token_map": str(hot) if hot.is_file() else None,
+    }
+    remark = f"{_OUR_ATTENTION}; {_GREEDY_ON_CPU}"
+    return Contender("eagle", f"stock SGLang's EAGLE, {strategy}, same drafter", engine, _environment(options), remark)
+
+
+def _ngram(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
+    engine = {
+        **common,
+        "attention_backend": "tlt_cpu",
+        "speculative_algorithm": "NGRAM",
+        "speculative_num_draft_tokens": options.ngram_tokens,
+    }
+    # SGLang compiles its corpus when it starts; one of the sources uses size_t without the header that declares it
+    environment = _environment(options, CXX=f"{os.environ.get('CXX', 'c++')} -include cstddef")
+    about = f"stock SGLang's NGRAM, {options.ngram_tokens} draft tokens"
+    return Contender("ngram", about, engine, environment, f"{_OUR_ATTENTION}; {_GREEDY_ON_CPU}")
+
+
+def _tlt(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
+    tuned = StrategyConfig(arms=[str(arm) for arm in options.arms]) if options.arms else StrategyConfig()
+    about = f"the algorithm TLT, its tuner over {', '.join(tuned.arms)} and off"
+    return _algorithm_tlt("tlt", about, tuned, options, drafter, common)
+
+
+def _off(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
+    about = "the algorithm TLT with nothing drafted: what its attention and sampling are worth alone"
+    return _algorithm_tlt(OFF, about, StrategyConfig(arms=["off"]), options, drafter, common)
+
+
+def _algorithm_tlt(
+    name: str,
+    about: str,
+    tuned: StrategyConfig,
+    options: argparse.Namespace,
+    drafter: Path,
+    common: dict[str, Any],
+) -> Contender:
+    num_steps, topk, num_draft_tokens = largest(tuned.parsed())
+    engine = {
+        **common,
+        "speculative_algorithm": "TLT",
+        "speculative_draft_model_path": str(drafter),
+        "speculative_num_steps": num_steps,
+        "speculative_eagle_topk": topk,
+        "speculative_num_draft_tokens": num_draft_tokens,
+    }
+    environment = _environment(options)
+    EngineOptions(draft_untrained=options.untrained, strategy=asdict(tuned), seed=options.seed).export(environment)
+    return Contender(name, about, engine, environment, tunes=True)
