@@ -147,7 +147,7 @@ class SpotConfig:
         default=2048,
         metadata=_about("Most tokens of a micro-step, whatever yield_ms allows.", "a number above 0"),
     )
-    lr: float = field(default=1.0e-3, metadata=_about("AdamW's learning rate.", "a number above 0"))
+    lr: float = field(default=5.0e-4, metadata=_about("AdamW's learning rate.", "a number above 0"))
     buffer_gb: float = field(
         default=1.0,
         metadata=_about("Host memory for segments in each spot worker, in GiB.", "a number above 0"),

@@ -101,6 +101,14 @@ def test_what_one_log_lacks_is_a_dash_and_is_said(logs):
     assert "1 tlt-event lines could not be read" in read_run(logs[0]).complaint()
 
 
+def test_a_run_in_which_nothing_is_drafted_has_accept_length_one(logs):
+    logs[1].write_text("".join(f"step:{n} - training/global_step:{n} - tlt/draft_share/off:1.0\n" for n in range(1, 5)))
+    assert [step.accept_frozen for step in figures(logs)] == [1.0] * 4
+    assert "drafter frozen: 1.00 at step 1, 1.00 at step 4" in summary(figures(logs))
+    logs[1].write_text(metric_line(1, 1.0) + "step:2 - training/global_step:2 - tlt/draft_share/off:0.25\n")
+    assert figures(logs)[1].accept_frozen is None
+
+
 def test_a_step_without_events_has_its_metrics_all_the_same(logs):
     logs[0].write_text(trained_log() + metric_line(9, 4.5))
     assert words(table(figures(logs)).splitlines()[-1]) == "9 4.50 - - - - - - - - - -"

@@ -40,7 +40,8 @@ class TrainerSettings:
         clip: largest norm of the gradient of all parameters together; a larger one is scaled down to it.
         warmup_steps: steps in which the learning rate rises linearly to `lr`; 0 for none.
         feature_weight: of SmoothL1 on features, in `eagle_loss`.
-        ce_weight: of the cross-entropy, in `eagle_loss`.
+        ce_weight: of the cross-entropy, in `eagle_loss`. The paper's 0.1: with 0.5 the first draft is as good and those
+            behind it, which read the drafter's own features, are much worse (docs/LOG.md).
         noise: half the width of the uniform noise on input features, in the features' own unit (EAGLE, arXiv
             2401.15077, section 4.1: U(-0.1, 0.1)); 0 for none. It hardens the drafter against its own errors.
         dtype: `bfloat16` for autocast where the device has it, or `float32` for none anywhere.
@@ -55,7 +56,7 @@ class TrainerSettings:
     clip: float = 1.0
     warmup_steps: int = 30
     feature_weight: float = 1.0
-    ce_weight: float = 0.5
+    ce_weight: float = 0.1
     noise: float = 0.1
     dtype: str = "bfloat16"
 

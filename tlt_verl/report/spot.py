@@ -15,6 +15,7 @@ from tlt_verl.report.console import Column, is_training_step, parse_step
 from tlt_verl.report.timeline import MARK, Reading, Timeline, harvest, idle_seconds, percent, ranges, read_events
 
 ACCEPT_LEN = "tlt/accept_len"
+NOT_DRAFTED = "tlt/draft_share/off"
 SETTLING_STEPS = 2
 
 _ACCEPT = (Column("trained", 9, 2, (ACCEPT_LEN,)), Column("frozen", 9, 2, (ACCEPT_LEN,)))
@@ -66,9 +67,14 @@ def read_run(path: Path) -> Run:
     steps = {step[0]: step[1] for line in lines if (step := parse_step(line)) and is_training_step(step[1])}
     if not steps:
         raise ValueError(f"{path}: no metric line of a training step")
-    if not any(ACCEPT_LEN in metrics for metrics in steps.values()):
-        raise ValueError(f"{path}: no step has {ACCEPT_LEN}; nothing was drafted in this run")
+    if all(accept_len(metrics) is None for metrics in steps.values()):
+        raise ValueError(f"{path}: no step has {ACCEPT_LEN}; its rollouts were not tlt's")
     return Run(path, steps, read_events(lines))
+
+
+def accept_len(metrics: Mapping[str, float]) -> float | None:
+    """Accept length of a step; 1 where nothing was drafted: what a target produces with each pass by itself."""
+    return metrics.get(ACCEPT_LEN, 1.0 if metrics.get(NOT_DRAFTED) == 1.0 else None)
 
 
 def compare(trained: Run, frozen: Run) -> list[StepFigures]:
@@ -79,8 +85,8 @@ def compare(trained: Run, frozen: Run) -> list[StepFigures]:
     return [
         StepFigures(
             step=step,
-            accept_trained=trained.steps.get(step, {}).get(ACCEPT_LEN),
-            accept_frozen=frozen.steps.get(step, {}).get(ACCEPT_LEN),
+            accept_trained=accept_len(trained.steps.get(step, {})),
+            accept_frozen=accept_len(frozen.steps.get(step, {})),
             replicas=_replica_seconds(timeline, step),
             metrics=trained.steps.get(step, {}),
         )

@@ -52,7 +52,7 @@ class LearnerSettings:
 
     step_s: float = 0.05
     most_rows: int = 2048
-    lr: float = 1.0e-3
+    lr: float = 5.0e-4
     buffer_bytes: int = 1 << 30
     held_out: float = 0.1
     gate_tokens: int = 2000

@@ -91,6 +91,7 @@ class SpotWorker:
         self._has_device_since = 0  # by the board's clock; 0 while it is another's
         self._stopped_by = ""  # why training may not go on now; "" where it may
         self._prepared_s: dict[str, float] = {}  # what the last window's preparation took
+        self._policy_asked: Future[Policy | None] | None = None
         self.failures: Counter[str] = Counter()
         """What kept it from training, by kind."""
 
@@ -182,21 +183,30 @@ class SpotWorker:
         return self._goes_on()
 
     def _take_policy_and_master(self) -> bool:
-        """Both at the same time; False while too little is known to train."""
-        asked = None
-        if self.learner.policy_version != self.board.policy_version or self.learner.policy_version < 0:
-            asked = self._background.submit(self._links.policy)
-        if asked is not None and self.learner.policy_version < 0:  # a hot vocabulary is chosen from its own
-            if not self._follow(asked.result()):
-                return False
-            asked = None
-        try:
-            took = self._take_master()
-        finally:
-            followed = asked is None or self._follow(asked.result())
-        return took and followed
+        """Both at the same time; False while too little is known to train.
 
-    def _follow(self, policy: Policy | None) -> bool:
+        Only for the first policy is there anything to wait for. Until the tensors of a newer one are there the drafter
+        learns against those of the one before: what it learns from at that moment was sampled from that one.
+        """
+        self._ask_policy()
+        if self.learner.policy_version < 0 and not self._take_policy(wait=True):
+            return False  # a hot vocabulary is chosen from its own head
+        took = self._take_master()
+        self._take_policy()
+        return took
+
+    def _ask_policy(self) -> None:
+        """Ask for the policy's tensors, where they have changed, without waiting for them."""
+        if self._policy_asked is None and self.learner.policy_version != self.board.policy_version:
+            self._policy_asked = self._background.submit(self._links.policy)
+
+    def _take_policy(self, *, wait: bool = False) -> bool:
+        """Follow the policy that was asked for, if it has come; whether it has."""
+        asked = self._policy_asked
+        if asked is None or not (wait or asked.done()):
+            return False
+        self._policy_asked = None
+        policy = asked.result()
         if policy is None:
             return False  # the next window asks again
         self.learner.follow(policy.version, policy.embed, policy.head)
@@ -232,6 +242,8 @@ class SpotWorker:
                 refreshed = time.monotonic()
                 if not self._read_rings():
                     return
+            if self._take_policy() and not self.learner.begin():
+                return
             if self._judging is not None or self._gate_is_due():
                 self._judge()
                 continue
@@ -256,8 +268,10 @@ class SpotWorker:
         return not self._stopped_by
 
     def _gate_is_due(self) -> bool:
+        """A judgement is about the policy that samples now, and what the last one published has come about."""
         self._settle()
-        return not self._pending and self._since_gate_s >= self.settings.gate_every_s
+        waits = bool(self._pending) or self.learner.policy_version != self.board.policy_version
+        return not waits and self._since_gate_s >= self.settings.gate_every_s
 
     def _judge(self) -> None:
         """One step of the gate. Training waits for its end: candidate and trainer are the same until then."""
