@@ -17,11 +17,11 @@ MODULE = "verl.trainer.ppo.v1.trainer_base"
 _TRAINER = f"{MODULE}:PPOTrainer"
 
 
-def _install(name: str, save: Callable[[str], None], load: Callable[[str], None]) -> None:
+def _install(name: str, save: Callable[[str, list[Any]], None], load: Callable[[str, list[Any]], None]) -> None:
     """Call `save` and `load` in a run with rollout `name`.
 
     Args:
-        save, load: of the folder of verl's checkpoint. What they raise ends the run.
+        save, load: of the folder of verl's checkpoint, and the replicas' servers. What they raise ends the run.
     """
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
@@ -31,15 +31,20 @@ def _install(name: str, save: Callable[[str], None], load: Callable[[str], None]
     def save_checkpoint(self: Any) -> None:
         original_save(self)
         if self.config.actor_rollout_ref.rollout.name == name:
-            save(_folder(self, resumed=False))
+            save(_folder(self, resumed=False), _servers(self))
 
     @functools.wraps(original_load)
     def load_checkpoint(self: Any) -> None:
         original_load(self)
         if self.config.actor_rollout_ref.rollout.name == name and self.global_steps > 0:
-            load(_folder(self, resumed=True))
+            load(_folder(self, resumed=True), _servers(self))
 
     PPOTrainer._save_checkpoint, PPOTrainer._load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _servers(trainer: Any) -> list[Any]:
+    """The handles of the replicas' servers, in their order."""
+    return [handle for manager in trainer._rollout_server_managers() for handle in manager.server_handles]
 
 
 def _folder(trainer: Any, *, resumed: bool) -> str:
@@ -67,6 +72,10 @@ SEAM = Seam(
                 "self.config.trainer.resume_from_path",
                 'int(global_step_folder.split("global_step_")[-1])',
             ),
+        ),
+        Target(
+            path=f"{_TRAINER}._rollout_server_managers",
+            source_contains=('getattr(self, "llm_server_manager", None)',),
         ),
     ),
     why="The drafter is saved with the policy, and comes back with it.",

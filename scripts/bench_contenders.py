@@ -20,7 +20,7 @@ from tlt_verl.engine.options import EngineOptions
 BASELINE = "sglang"
 NAMES = (BASELINE, "eagle", "ngram", "tlt")
 OFF = "off"
-"""TLT with nothing drafted. Its attention and its sampling are not stock's: what is above it is what speculation adds."""
+"""TLT with nothing drafted. Its attention and sampling are not stock's: what is above it is what speculation adds."""
 
 _GREEDY_ON_CPU = (
     "stock verification takes the argmax on a CPU, whatever the temperature: what it produces are not samples at this "
@@ -158,4 +158,4 @@ def _algorithm_tlt(
     }
     environment = _environment(options)
     EngineOptions(draft_untrained=options.untrained, strategy=asdict(tuned), seed=options.seed).export(environment)
-    return Contender(name, about, engine, environment, tunes=True)
+    return Contender(name, about, engine, environment, tunes=tuned.arms != ["off"])

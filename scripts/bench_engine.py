@@ -205,8 +205,8 @@ def main(connection: Connection) -> None:
     import sglang
 
     engine = sglang.Engine(**connection.recv())
-    connection.send(None)
     try:
+        connection.send(None)
         while True:
             what, arguments = connection.recv()
             try:
@@ -214,7 +214,9 @@ def main(connection: Connection) -> None:
             except Exception as error:  # the parent raises it
                 answer = RuntimeError(f"{what}: {type(error).__name__}: {error}")
             connection.send(answer)
-    except EOFError:
+    except (EOFError, ConnectionError):  # the bench is over, or was killed
+        pass
+    finally:
         engine.shutdown()
 
 

@@ -30,7 +30,6 @@ import json
 import os
 import platform
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +48,7 @@ from tlt_verl.drafter import prepare_drafter
 from tlt_verl.warmup.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULT, FIGURE = "result.json", "figure.svg"
 TRACE_S = 0.2
 Engines = dict[str, tuple[Contender, EngineProcess]]
 
@@ -76,7 +76,7 @@ class Bench:
         prompts: of the turns.
         sampling: SGLang's sampling parameters.
         options: of the command line.
-        result: to be filled in; written to `options.out`.
+        result: to be filled in; written into the folder `options.out`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Bench:
         }
 
     def _write(self) -> None:
-        out = self._options.out.with_suffix(".json")
+        out = self._options.out / RESULT
         out.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
 
 
@@ -170,33 +170,32 @@ def _difference(after: dict[str, dict[str, int]], before: dict[str, dict[str, in
 
 
 @contextlib.contextmanager
-def started(contenders: Sequence[Contender], result: dict[str, Any]) -> Iterator[Engines]:
+def started(contenders: Sequence[Contender], result: dict[str, Any], logs: Path) -> Iterator[Engines]:
     """The engines, one after the other; what does not start is left out, and why is said in the result.
 
     Raises:
         SystemExit: the baseline does not start.
     """
     engines: Engines = {}
-    with tempfile.TemporaryDirectory() as logs:
-        try:
-            for contender in contenders:
-                print(f"{contender.name}: {contender.about}", flush=True)
-                engine = EngineProcess(contender.engine, contender.environment, Path(logs, f"{contender.name}.log"))
-                engines[contender.name] = contender, engine
-                about = result["contenders"][contender.name] = {"about": contender.about, "remark": contender.remark}
-                try:
-                    engine.start()
-                except RuntimeError as error:
-                    print(f"    left out, it does not start here: {error}", flush=True)
-                    about["left_out"] = str(error)
-                    del engines[contender.name]
-                    engine.close()
-            if BASELINE not in engines:
-                raise SystemExit(f"the baseline {BASELINE} did not start: there is nothing to compare with")
-            yield engines
-        finally:
-            for _, engine in engines.values():
+    try:
+        for contender in contenders:
+            print(f"{contender.name}: {contender.about}", flush=True)
+            engine = EngineProcess(contender.engine, contender.environment, logs / f"{contender.name}.log")
+            engines[contender.name] = contender, engine
+            about = result["contenders"][contender.name] = {"about": contender.about, "remark": contender.remark}
+            try:
+                engine.start()
+            except RuntimeError as error:
+                print(f"    left out, it does not start here: {error}", flush=True)
+                about["left_out"] = str(error)
+                del engines[contender.name]
                 engine.close()
+        if BASELINE not in engines:
+            raise SystemExit(f"the baseline {BASELINE} did not start, {logs / BASELINE}.log says why")
+        yield engines
+    finally:
+        for _, engine in engines.values():
+            engine.close()
 
 
 def parse_args() -> argparse.Namespace:
@@ -223,7 +222,7 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="of each engine (2)")
     add("--max-total-tokens", type=int, default=32768, help="of each engine's KV cache")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=ROOT / "runs/bench_rollout", help=".json and .svg are appended")
+    add("--out", type=Path, default=ROOT / "runs/bench_rollout", help="folder for result.json, figure.svg and logs")
     options = parser.parse_args()
     options.contenders = list(dict.fromkeys([BASELINE, *options.contenders]))
     return options
@@ -241,7 +240,7 @@ def main() -> None:
     options = parse_args()
     if not options.untrained and not options.drafter.exists():
         raise SystemExit(f"--drafter: got {options.drafter}, which is not there: scripts/warmup.sh, or --untrained")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     drafter = prepare_drafter(str(options.model), None if options.untrained else str(options.drafter))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = read_prompts(options.data, tokenizer)
@@ -252,11 +251,11 @@ def main() -> None:
     }
     result = {"setting": setting(options, drafter, len(prompts)), "contenders": {}, "parts": {}}
     contenders = make_contenders(options, drafter, max([*options.batches, options.step_requests]))
-    with started(contenders, result) as engines:
+    with started(contenders, result, options.out) as engines:
         Bench(engines, Prompts(prompts, random.Random(options.seed)), sampling, options, result).run()
     print("\n" + table(result, list(result["parts"])) + "\n\n" + legend(result))
-    plot(result, options.out.with_suffix(".svg"))
-    print(f"written: {options.out.with_suffix('.json')}, {options.out.with_suffix('.svg')}")
+    plot(result, options.out / FIGURE)
+    print(f"written: {options.out / RESULT}, {options.out / FIGURE}")
 
 
 if __name__ == "__main__":

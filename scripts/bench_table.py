@@ -1,6 +1,6 @@
 """The figures of a result of bench_rollout.py: ratios with their confidence, accept lengths, what was run; and a table.
 
-    scripts/bench_table.py runs/bench_rollout.json
+    scripts/bench_table.py runs/bench_rollout/result.json
 
 Pure functions of the result; measures nothing.
 """

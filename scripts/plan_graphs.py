@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = model_sizes(options, rollout, tlt.drafter.hot_vocab or 0)
 
     print(f"strategies {', '.join(map(str, plan.strategies))}; SGLang's own {own}")
-    print(f"up to {batch_sizes[-1]} requests, drafting up to {bound or batch_sizes[-1]}; {sizes}\n")
+    print(f"up to {batch_sizes[-1]} requests, drafting up to {'any number' if bound is None else bound}; {sizes}\n")
     print("\n".join(rows(planned)), end="\n\n")
     named = {"planned": planned, "shared, at every batch size": shared, "every strategy, every batch": everything}
     print("\n".join(comparison(named, sizes)))

@@ -138,16 +138,16 @@ def _engine_metrics() -> Callable[[Sequence[dict]], dict[str, float]]:
     return EngineMetrics().step
 
 
-def _save_drafter(checkpoint: str) -> None:
+def _save_drafter(checkpoint: str, servers: list[Any]) -> None:
     from tlt_verl.rollout import drafter_state
 
-    drafter_state.save(checkpoint)
+    drafter_state.save(checkpoint, servers)
 
 
-def _load_drafter(checkpoint: str) -> None:
+def _load_drafter(checkpoint: str, servers: list[Any]) -> None:
     from tlt_verl.rollout import drafter_state
 
-    drafter_state.load(checkpoint)
+    drafter_state.load(checkpoint, servers)
 
 
 def _say_policy(config: Any, state: str, step: int) -> None:

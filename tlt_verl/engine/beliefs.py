@@ -194,7 +194,7 @@ class Beliefs:
 
     def _own_accept(self, arm: Strategy, step: int) -> Belief | None:
         known = self._acceptance.get(arm)
-        return known and Belief(known.mean, known.variance + _DRIFT_PER_STEP * (step - known.seen))
+        return None if known is None else Belief(known.mean, known.variance + _DRIFT_PER_STEP * (step - known.seen))
 
     def _accept_like(self, sibling: Strategy, arm: Strategy, step: int) -> Belief:
         """A guess from another strategy of the same drafter: its drafts would be accepted at the same rate."""

@@ -15,6 +15,8 @@ from typing import Any
 from tlt_verl.config import Strategy, StrategyConfig
 
 ENVIRONMENT = "TLT_ENGINE_OPTIONS"
+TUNER_FILE = "tuner.json"
+"""In the folder of publications: what the tuner has learnt, written and read on command."""
 
 
 @dataclass(frozen=True)

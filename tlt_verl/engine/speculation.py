@@ -9,10 +9,13 @@ Knows SGLang's batches; what is a good choice is the tuner's to know, what a tre
 
 from __future__ import annotations
 
+import json
+import logging
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ from tlt_verl.engine.ngram_draft import NgramDrafter
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.engine.tuner import Tuner
 from tlt_verl.strategy import OFF, Strategy
+
+logger = logging.getLogger(__name__)
 
 _STRATEGY = "tlt_strategy"  # attribute of a GenerationBatchResult
 
@@ -150,6 +155,28 @@ class Speculation:
         self._before_s, self._skipped = None, None
         if self._ngram is not None:
             self._ngram.forget()
+
+    def keep_tuner(self, path: Path) -> bool:
+        """Write what the tuner has learnt; False where there is none, or it cannot be written (the log says why)."""
+        if self.tuner is None:
+            return False
+        try:
+            path.write_text(json.dumps(self.tuner.state()), encoding="utf-8")
+        except OSError as error:
+            logger.error("tlt: the tuner's state is not written: %s", error)
+            return False
+        return True
+
+    def load_tuner(self, path: Path) -> bool:
+        """Go on from what `keep_tuner` wrote; False where it cannot be used (the log says why)."""
+        if self.tuner is None:
+            return False
+        try:
+            self.tuner.load_state(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.error("tlt: the tuner begins anew: %s", error)
+            return False
+        return True
 
     def state(self) -> dict[str, Any]:
         """Counters, for the engine's front."""

@@ -26,7 +26,7 @@ from tlt_verl.engine import tap_batch
 from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.arms import own_captures
 from tlt_verl.engine.graph_plan import DRAFT, EXTEND, VERIFY
-from tlt_verl.engine.options import EngineOptions
+from tlt_verl.engine.options import TUNER_FILE, EngineOptions
 from tlt_verl.engine.publication import Publications, PublishGap
 from tlt_verl.engine.speculation import NGRAM, Speculation, plan_of
 from tlt_verl.engine.tap import Tap
@@ -127,7 +127,8 @@ class TLTWorker(EAGLEWorkerV2):
 
     def verify(self, *args: Any, **kwargs: Any) -> Any:
         """EAGLE's, as deep as the tree is, whoever drafted it."""
-        steps, self.speculative_num_steps = self.speculative_num_steps, self._speculation.arms.active.strategy.num_steps
+        steps: int = self.speculative_num_steps
+        self.speculative_num_steps = self._speculation.arms.active.strategy.num_steps
         try:
             return super().verify(*args, **kwargs)
         finally:
@@ -166,8 +167,8 @@ class TLTWorker(EAGLEWorkerV2):
             self._board.engine_busy = 0
 
     def control(self, commands: dict[str, float], *, asleep: bool = False) -> bool:
-        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0, or
-        `share` the policy's embedding and head.
+        """Carry out commands between two steps: `stage` or `publish` a version, `drafting` or `tapping` 1 or 0, `share`
+        the policy's embedding and head, `save_tuner` or `load_tuner`.
 
         Args:
             asleep: the engine has released memory, perhaps the drafter's: nothing is published into it.
@@ -186,6 +187,10 @@ class TLTWorker(EAGLEWorkerV2):
                 done &= published
             elif name == "drafting":
                 self._speculation.may_draft(bool(value))
+            elif name in ("save_tuner", "load_tuner"):
+                path = Path(self.options.publications or os.devnull, TUNER_FILE)
+                speculation, decides = self._speculation, self.ps.tp_rank == 0  # the others take its choices
+                done &= not decides or (speculation.keep_tuner if name == "save_tuner" else speculation.load_tuner)(path)
             elif name == "share":
                 done &= not asleep and self._share.begin()
             elif name == "tapping":

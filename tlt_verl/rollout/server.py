@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ from tlt_verl.drafter.checkpoint import write_drafter
 from tlt_verl.engine import client
 from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.graph_plan import largest
-from tlt_verl.engine.options import EngineOptions
+from tlt_verl.engine.options import TUNER_FILE, EngineOptions
 from tlt_verl.rollout.spot import SpotHost, job_prefix, spot_host
 from tlt_verl.strategy import OFF
 
@@ -216,6 +217,19 @@ class TLTHttpServer(SGLangHttpServer):
             None when it serves, or why it was rejected.
         """
         return await client.publish(self.tokenizer_manager, version)
+
+    async def tuner_state(self) -> dict[str, Any] | None:
+        """What this replica's tuner has learnt, JSON-able; None where there is no tuner."""
+        if not self._speculates() or not await client.command(self.tokenizer_manager, save_tuner=1):
+            return None
+        return json.loads(await asyncio.to_thread(Path(self._drafters, TUNER_FILE).read_text))
+
+    async def set_tuner_state(self, state: dict[str, Any]) -> bool:
+        """Let this replica's tuner go on from there; whether it does."""
+        if not self._speculates():
+            return False
+        await asyncio.to_thread(Path(self._drafters, TUNER_FILE).write_text, json.dumps(state))
+        return await client.command(self.tokenizer_manager, load_tuner=1)
 
     def publications(self) -> str:
         """The folder on this node from which this replica's drafters are published; it goes with the replica."""
