@@ -17,7 +17,7 @@ from tlt_verl.report.console import is_training_step, parse_step
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "integration"
-TLT = "+actor_rollout_ref.rollout.custom.tlt."
+TLT = "++actor_rollout_ref.rollout.custom.tlt."
 SPOT = (
     f"{TLT}spot.enable=true",
     f"{TLT}gate.every_s=0.2",
@@ -64,7 +64,8 @@ def run(
         "actor_rollout_ref.actor.megatron.dtype=float32",
         "actor_rollout_ref.actor.optim.lr=1e-4",
         "actor_rollout_ref.rollout.engine_kwargs.sglang.max_total_tokens=8192",
-        "+actor_rollout_ref.rollout.custom.tlt.debug.fingerprint=true",
+        f"{TLT}debug.fingerprint=true",
+        f"{TLT}spot.enable=false",
         f"reward.custom_reward_function.path={HERE}/tiny_task.py",
         f"trainer.default_local_dir={task}/checkpoints",
         f"hydra.run.dir={task}/hydra",

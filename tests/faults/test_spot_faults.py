@@ -296,7 +296,7 @@ def test_a_ring_that_does_not_fit_into_shm(tmp_path, model, answers):
     size = os.statvfs("/dev/shm")
     too_much = size.f_blocks * size.f_frsize / 2**30 + 1
     metrics, log, records = greedy_run(
-        tmp_path, model, steps, *TRAINED, f"+{TLT}tap.buffer_gb={too_much:.0f}", tool_s=0.5, timeout_s=480
+        tmp_path, model, steps, *TRAINED, f"{TLT}tap.buffer_gb={too_much:.0f}", tool_s=0.5, timeout_s=480
     )
     assert_same(records, answers, steps)
     assert re.search(r"tlt: no tap, rollouts go on without it: .*No space left on device: .*tap.buffer_gb", log)

@@ -111,7 +111,7 @@ def nothing() -> set[int]:
 
 def test_a_core_on_which_another_spins_is_not_free(spinner: subprocess.Popen[str], core: int) -> None:
     probe = HostProbe(1, nothing, {core}, window_s=0.3)
-    assert probe.read() == Reading(False, "no window yet", "no_window")
+    assert probe.read() == Reading(False, "no window yet", "no_window", measuring=True)
     time.sleep(0.4)
     reading = probe.read()
     assert (reading.idle, reading.cause) == (False, "utilisation")
@@ -214,12 +214,14 @@ class Scripted:
     def __init__(self, name: str, idle: bool = True) -> None:
         self.name, self.idle, self.reads = name, idle, 0
         self.error: Exception | None = None
+        self.measuring = False
 
     def read(self) -> Reading:
         self.reads += 1
         if self.error is not None:
             raise self.error
-        return Reading(self.idle, f"{self.name} said so", "" if self.idle else f"{self.name}'s cause")
+        cause = "" if self.idle else f"{self.name}'s cause"
+        return Reading(self.idle, f"{self.name} said so", cause, self.measuring)
 
 
 class Told(Scripted):
@@ -285,6 +287,22 @@ def test_one_objection_while_waiting_begins_the_wait_anew() -> None:
         trained.append(detector.update(tenth / 10).train)
     assert not any(trained)
     assert detector.causes == {"device's cause": 4} and not detector.stops
+
+
+def test_a_probe_that_is_still_measuring_keeps_training_from_starting_and_not_the_wait() -> None:
+    """What it measures lies inside the wait: it would be waited for twice."""
+    probe = Scripted("host")
+    detector = IdleDetector([Scripted("engine"), probe], idle_s=0.2)
+    probe.idle, probe.measuring = False, True
+    assert run(detector, [0.0, 0.1, 0.25]) == [False, False, False]
+    assert detector.update(0.26).idle_s == pytest.approx(0.26)
+    probe.idle, probe.measuring = True, False
+    assert run(detector, [0.3]) == [True]
+    probe.idle, probe.measuring = False, True  # while we train, it is an objection like any other
+    assert run(detector, [0.4]) == [False]
+    assert detector.stops == {"host's cause": 1}
+    probe.idle, probe.measuring = True, False
+    assert run(detector, [0.5, 0.71]) == [False, True]
 
 
 def test_without_a_wait_training_may_start_at_once_and_time_that_goes_back_begins_anew() -> None:

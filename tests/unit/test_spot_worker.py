@@ -113,6 +113,13 @@ class Stage:
             self.tick()
             time.sleep(0.001)
 
+    def train_until(self, condition: Callable[[], Any], seconds: float = 60.0) -> None:
+        """Train, a step a window, for as long as it takes."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            self.tick(1)
+
     def request(self) -> None:
         self.board.needed_ns = now_ns()
         self.board.requests = 1
@@ -289,12 +296,44 @@ def test_an_average_with_another_worker_is_fetched(stage):
     assert same(stage.learner.loaded, wanted)
 
 
+def test_what_the_average_became_is_fetched_while_the_device_is_anothers(stage, monkeypatch):
+    """And not again in the window, where nothing has changed since."""
+    monkeypatch.setattr(worker_module, "_AHEAD_S", 0.0)
+    stage.learner.during = lambda: another_worker(stage) if stage.coordination.merged == 0 else None
+    stage.tick(5)
+    stage.settle(lambda: stage.coordination.merged == 2)
+    stage.settle(lambda: stage.links.names().count("fetch") == 2)
+    wanted, loaded = stage.coordination.state()["drafter"], stage.learner.loaded
+    assert not same(loaded, wanted), "nothing is loaded before the device is idle"
+    states = stage.links.states = []
+    fetch = stage.links.fetch
+    stage.links.fetch = lambda *has: states.append(answer := fetch(*has)) or answer
+    stage.learner.during = lambda: None
+    stage.tick(1)
+    assert same(stage.learner.loaded, wanted)
+    assert [master.state for master in states] == [None]
+
+
 def test_the_policys_tensors_are_asked_for_when_it_has_changed(stage):
     stage.tick(3)
     stage.next_policy()
-    assert stage.tick(3) == 3
-    assert stage.links.names().count("policy") == 2 and stage.learner.policy_version == 1
+    stage.train_until(lambda: stage.learner.policy_version == 1)
+    assert stage.links.names().count("policy") == 2
     assert stage.learner.buffer.newest_version == 1
+
+
+def test_it_trains_on_while_a_new_policys_tensors_are_on_their_way_and_judges_when_they_are_there(tmp_path):
+    stage, come = Stage(tmp_path, settings=GATE_NOW), threading.Event()
+    stage.train_until(lambda: stage.learner.gate.published == 1)
+    stage.settle(lambda: stage.coordination.serving_version == 1)
+    stage.next_policy()
+    stage.links.during["policy"] = lambda: come.wait(60)
+    judged = stage.learner.gate.published + stage.learner.gate.rejected
+    assert stage.tick(5) == 5 and stage.learner.policy_version == 0
+    assert stage.learner.gate.published + stage.learner.gate.rejected == judged
+    come.set()
+    stage.train_until(lambda: stage.learner.gate.published + stage.learner.gate.rejected > judged)
+    assert stage.learner.policy_version == 1
 
 
 def test_the_loop_ends_with_its_replica_and_what_was_learnt_is_in(stage):

@@ -84,7 +84,7 @@ class CoreMeter:
         return self._family
 
 
-_NO_WINDOW = Reading(False, "no window yet", "no_window")
+_NO_WINDOW = Reading(False, "no window yet", "no_window", measuring=True)
 
 
 class HostProbe:

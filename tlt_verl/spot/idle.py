@@ -37,11 +37,13 @@ class Reading:
         idle: whether this probe has no objection.
         reason: names the thing and the figure.
         cause: of not being idle, a key that does not change with the figure; "" where idle.
+        measuring: it cannot say yet, and will; `idle` is False.
     """
 
     idle: bool
     reason: str
     cause: str = ""
+    measuring: bool = False
 
 
 class Probe(Protocol):
@@ -312,10 +314,12 @@ class IdleDetector:
     | not idle | not read | not read |               | no: phase's cause  |
     | idle     | not idle | not read |               | no: engine's cause |
     | idle     | idle     | not idle |               | no: device's cause |
+    | idle     | idle     | measures |               | no: device's cause |
     | idle     | idle     | idle     | below idle_s  | no: waiting        |
     | idle     | idle     | idle     | idle_s and on | yes                |
 
-    A reading that is not idle begins the wait anew. A probe that raises is not idle, cause "probe_error", and is logged
+    A reading that is not idle begins the wait anew. One that is still being measured does not, unless we train already:
+    then it ends that like any other. A probe that raises is not idle, cause "probe_error", and is logged
     once for each message.
 
     Args:
@@ -341,13 +345,20 @@ class IdleDetector:
             training: whether we train at this moment; None: as the last decision said.
         """
         self.training = self.training if training is None else training
+        measuring = None
         for probe in self._probes:
             reading = self._read(probe)
-            if not reading.idle:
+            if reading.measuring and not self.training:
+                measuring = (probe.name, reading)
+            elif not reading.idle:
                 return self._stop(probe.name, reading)
         if self._idle_since is None or now < self._idle_since:
             self._idle_since = now
         idle_s = now - self._idle_since
+        if measuring is not None:
+            name, reading = measuring
+            self.causes[reading.cause] += 1
+            return Decision(False, idle_s, name, reading.cause, reading.reason)
         self.training = idle_s >= self._idle_s
         if self.training:
             return Decision(True, idle_s)

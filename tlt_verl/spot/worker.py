@@ -11,11 +11,11 @@ goes wrong here is counted, said in the log with its cause, and costs the drafte
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,9 @@ from tlt_verl.segments import Segment
 from tlt_verl.spot.gate import Verdict
 from tlt_verl.spot.idle import IdleDetector
 from tlt_verl.spot.learner import SpotLearner
-from tlt_verl.spot.links import CopyRefused, LinkError, Links, Policy
+from tlt_verl.spot.links import CopyRefused, LinkError, Links, Master, Policy
 from tlt_verl.spot.rings import Rings
+from tlt_verl.spot.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _RETRY_S = 5.0
 _AGAIN_S = 0.25
 _READ_AT_ONCE = 16  # segments
 _REFRESH_S = 1.0  # between two looks at the rings while training
+_AHEAD_S = 2.0  # behind the end of a window; by then the others of this step have handed in, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,9 @@ class SpotWorker:
         self._retry_at = 0.0
         self._has_device_since = 0  # by the board's clock; 0 while it is another's
         self._stopped_by = ""  # why training may not go on now; "" where it may
-        self._prepared_s: dict[str, float] = {}  # what the last window's preparation took
         self._policy_asked: Future[Policy | None] | None = None
+        self._master_asked: Future[Master] | None = None
+        self._look_ahead_at = math.inf
         self.failures: Counter[str] = Counter()
         """What kept it from training, by kind."""
 
@@ -107,6 +110,7 @@ class SpotWorker:
         """Look once, and train for as long as the device is idle."""
         self._settle()
         if time.monotonic() < self._retry_at or not self._goes_on():
+            self._look_ahead()
             return
         try:
             self._window()
@@ -120,55 +124,34 @@ class SpotWorker:
 
     def _window(self) -> None:
         """From idle to yielded. The device's memory is free again however this ends."""
-        begun, before = time.monotonic(), self.board.values(("trained_ns", "judged_ns", "trained_steps"))
+        until, window = time.monotonic() + self.settings.window_s, Window(self.board)
         self._enter(SpotState.IDLE)
         self.board.windows += 1
-        self._prepared_s.clear()
         try:
-            if self._prepare():
+            if self._prepare(window):
                 self._enter(SpotState.TRAINING)
-                self._train(begun + self.settings.window_s)
+                self._train(until)
             else:
                 self._retry_at = time.monotonic() + _AGAIN_S  # there may be more to learn from then
         finally:
             self._yield()
-            self._report_window(time.monotonic() - begun, before)
+            window.report(self.learner.size.rows, self._stopped_by)
         self._hand_in()
-
-    def _report_window(self, seconds: float, before: Mapping[str, int]) -> None:
-        """Say where a window's time went, unless it was none."""
-        trained, judged, steps = (getattr(self.board, name) - value for name, value in before.items())
-        if seconds < _AGAIN_S and not steps:
-            return
-        prepared = ", ".join(f"{what} {spent:.2f} s" for what, spent in self._prepared_s.items())
-        logger.info(
-            "tlt: window of %.2f s (%s): %d steps of %d rows in %.2f s, gate %.2f s; %s",
-            *(seconds, prepared, steps, self.learner.size.rows, trained / 1e9, judged / 1e9),
-            self._stopped_by or "it ended itself",
-        )
-
-    @contextlib.contextmanager
-    def _preparing(self, what: str) -> Iterator[None]:
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self._prepared_s[what] = time.monotonic() - begun
 
     # --- idle: what training needs
 
-    def _prepare(self) -> bool:
+    def _prepare(self, window: Window) -> bool:
         """Get segments, policy and master; whether there is something to train on and the device is still idle."""
-        with self._preparing("rings"):
+        with window.preparing("rings"):
             if not self._read_rings() or not self._wait_for_pending():
                 return False
         if self.learner.buffer.newest_version is None:
             return False
-        with self._preparing("policy and master"):
+        with window.preparing("policy and master"):
             if not (self._take_policy_and_master() and self._goes_on()):
                 return False
         self._has_device_since = now_ns()
-        with self._preparing("device"):
+        with window.preparing("device"):
             return self.learner.begin() and self._goes_on()
 
     def _read_rings(self) -> bool:
@@ -215,7 +198,12 @@ class SpotWorker:
 
     def _take_master(self) -> bool:
         """Load the newest master, and agree on a hot vocabulary; False while too little is known for one."""
-        master = self._links.fetch(self._master, self._serving_version)
+        if self._master_asked is not None:
+            asked, self._master_asked = self._master_asked, None
+            self._load(asked.result())
+        return self._load(self._links.fetch(self._master, self._serving_version))
+
+    def _load(self, master: Master) -> bool:
         hot = master.hot
         if hot is None and self.learner.settings.hot_size != 0:
             proposed = self.learner.propose_hot()
@@ -231,6 +219,15 @@ class SpotWorker:
             self._serving_version, self._serving = master.serving_version, master.serving
             self._drop_judging()
         return True
+
+    def _look_ahead(self) -> None:
+        """Fetch what the average became while the device is another's: the next window may be shorter than that takes.
+
+        It is copied on the host, by a process that runs when no other wants to.
+        """
+        if time.monotonic() > self._look_ahead_at and not self._pending and self._master_asked is None:
+            self._look_ahead_at = math.inf
+            self._master_asked = self._background.submit(self._links.fetch, self._master, self._serving_version)
 
     # --- training
 
@@ -348,6 +345,7 @@ class SpotWorker:
         report = {"loss": last.loss, "ce": last.ce, "accept": last.accept}
         learner.tokens = 0
         self._pending.append(self._background.submit(self._submit, base, state, tokens, report))
+        self._look_ahead_at = time.monotonic() + _AHEAD_S
 
     def _submit(self, base: int, state: dict[str, Any], tokens: int, report: dict[str, float]) -> None:
         """The next window fetches what the average became, unless it is this copy itself."""
