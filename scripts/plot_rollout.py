@@ -1,6 +1,6 @@
 """Draws a result of bench_rollout.py: speed by batch size, the long-tail step, and what the tuner ran in such a step.
 
-    scripts/plot_rollout.py runs/bench_rollout/result.json docs/rollout.svg
+scripts/plot_rollout.py runs/bench_rollout/result.json docs/rollout.svg
 """
 
 from __future__ import annotations

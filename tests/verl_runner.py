@@ -66,6 +66,7 @@ def run(
         "actor_rollout_ref.rollout.engine_kwargs.sglang.max_total_tokens=8192",
         f"{TLT}debug.fingerprint=true",
         f"{TLT}spot.enable=false",
+        f"{TLT}strategy.tune=false",
         f"reward.custom_reward_function.path={HERE}/tiny_task.py",
         f"trainer.default_local_dir={task}/checkpoints",
         f"hydra.run.dir={task}/hydra",

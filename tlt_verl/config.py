@@ -65,6 +65,13 @@ class StrategyConfig:
             f"a list of one or more strategies, each once: {Strategy.TAKES}",
         ),
     )
+    tune: bool = field(
+        default=True,
+        metadata=_about(
+            "Find out which strategy is fastest at each batch size. false: the only arm runs always.",
+            "true, or false with exactly one arm",
+        ),
+    )
     buckets: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16, 32, 64],
         metadata=_about(
@@ -342,6 +349,7 @@ def _check_least(config: TLTConfig, key: str) -> None:
 
 def _check_strategy(section: StrategyConfig, key: str) -> None:
     _check_arms(section.arms, f"{key}.arms")
+    _check_range(section, "tune", key, lambda tune: tune or len(section.arms) == 1)
     _check_range(section, "buckets", key, lambda edges: edges and edges[0] > 0 and edges == sorted(set(edges)))
     _check_range(section, "epsilon", key, lambda epsilon: 0 <= epsilon <= 1)
     _check_range(section, "window", key, lambda window: window >= 1)

@@ -1,4 +1,4 @@
-"""Strategies that change from step to step, through the real engine: what switching costs the drafter, and its counters.
+"""Strategies that change from step to step, through the real engine: what it costs the drafter, and its counters.
 
 That tokens do not depend on it is shown where losslessness is: `test_greedy_lossless`, `test_lossless_sampling`.
 """

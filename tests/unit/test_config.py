@@ -48,6 +48,7 @@ def test_every_option_has_help():
         "drafter.algorithm",
         "drafter.hot_vocab",
         "strategy.arms",
+        "strategy.tune",
         "strategy.buckets",
         "strategy.epsilon",
         "strategy.window",
@@ -158,6 +159,10 @@ def test_an_override_on_hydras_command_line_reads_as_written():
         ({"debug": {"fingerprint": 1}}, ["debug.fingerprint: got 1 (int)", "true or false"]),
         ({"debug": {"fingerprint": "yes"}}, ["debug.fingerprint: got 'yes' (str)", "true or false"]),
         ({"strategy": {"arms": "eagle:3x1@4"}}, ["strategy.arms: got 'eagle:3x1@4' (str)", "list of one or more"]),
+        (
+            {"strategy": {"arms": ["eagle:3x1@4", "off"], "tune": False}},
+            ["strategy.tune: got False", "exactly one arm"],
+        ),
         ({"tap": {"enable": 1}}, ["tap.enable: got 1 (int)", "true or false"]),
         ({"tap": {"buffer_gb": 0}}, ["tap.buffer_gb: got 0.0", "a number above 0"]),
         ({"tap": {"max_tokens_per_step": 1.5}}, ["tap.max_tokens_per_step: got 1.5 (float)", "above 0"]),

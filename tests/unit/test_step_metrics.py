@@ -7,9 +7,9 @@ import pytest
 from tlt_verl.rollout.metrics import Counters, EngineMetrics, counters, step_metrics
 
 # Two drafted responses. The first token of a response comes from its prefill: 10 = 1 + 6 accepted + 3 bonus tokens.
-LONG = Counters(tokens=10, proposed=9, accepted=6, verifications=3)
-SHORT = Counters(tokens=2, proposed=3, accepted=0, verifications=1)
-PLAIN = Counters(tokens=8, proposed=0, accepted=0, verifications=0)
+LONG = Counters(tokens=10, accepted=6, verifications=3)
+SHORT = Counters(tokens=2, accepted=0, verifications=1)
+PLAIN = Counters(tokens=8, accepted=0, verifications=0)
 
 
 def test_a_step_of_drafted_responses():
@@ -17,8 +17,6 @@ def test_a_step_of_drafted_responses():
     assert metrics == pytest.approx(
         {
             "tlt/accept_len": 10 / 4,  # 6 accepted and 4 bonus tokens from 4 verifications
-            "tlt/accept_rate": 6 / 12,
-            "tlt/draft_share/eagle": 10 / 12,
             "tlt/draft_share/off": 2 / 12,
             "tlt/tokens_per_s": 3.0,
         }
@@ -32,20 +30,18 @@ def test_accept_length_is_over_the_steps_tokens_and_not_a_mean_of_means():
 
 def test_drafts_that_are_all_rejected_count_one_token_a_verification():
     """Acceptance that falls to zero, the failure that users report most, must be visible as 1.0, not as missing."""
-    metrics = step_metrics([SHORT], 1.0)
-    assert metrics["tlt/accept_len"] == 1.0 and metrics["tlt/accept_rate"] == 0.0
+    assert step_metrics([SHORT], 1.0)["tlt/accept_len"] == 1.0
 
 
-def test_without_speculation_the_drafted_share_is_zero_and_ratios_are_left_out():
+def test_without_speculation_nothing_is_drafted_for_and_ratios_are_left_out():
     metrics = step_metrics([PLAIN, PLAIN], generation_s=2.0)
-    assert metrics == {"tlt/draft_share/eagle": 0.0, "tlt/draft_share/off": 1.0, "tlt/tokens_per_s": 8.0}
+    assert metrics == {"tlt/draft_share/off": 1.0, "tlt/tokens_per_s": 8.0}
 
 
-def test_shares_sum_to_one_even_when_a_response_was_cut_inside_a_verification():
+def test_a_share_is_not_negative_where_a_response_was_cut_inside_a_verification():
     """The last verification can accept tokens behind a stop token, which the response does not have."""
-    cut = Counters(tokens=3, proposed=3, accepted=3, verifications=1)
-    metrics = step_metrics([cut], 1.0)
-    assert metrics["tlt/draft_share/eagle"] == 1.0 and metrics["tlt/draft_share/off"] == 0.0
+    cut = Counters(tokens=3, accepted=3, verifications=1)
+    assert step_metrics([cut], 1.0)["tlt/draft_share/off"] == 0.0
 
 
 @pytest.mark.parametrize("generation_s", [0.0, 1.0])
@@ -107,3 +103,36 @@ def test_replicas_that_do_not_speculate_or_tap_report_nothing_of_it():
     names = EngineMetrics().step([untapped])
     assert names["tlt/drafter/version"] == names["tlt/drafter/drafting"] == names["tlt/tap/failures"] == 0
     assert "tlt/tap/segments" not in names
+
+
+def strategies(steps: int) -> dict:
+    """What a worker says after so many steps of each strategy, with two requests each."""
+    return {
+        "strategies": {
+            "eagle:3x1@4": {"steps": steps, "verified": 2 * steps, "tokens": 6 * steps, "drafts": 6 * steps},
+            "ngram:1x1@2": {"steps": steps, "verified": 2 * steps, "tokens": 3 * steps, "drafts": 2 * steps},
+            "off": {"steps": steps, "verified": 2 * steps, "tokens": 2 * steps, "drafts": 0},
+        },
+        "tuner": {
+            "steps": 3 * steps,
+            "lost_seconds": 0.5 * steps,
+            "2/eagle:3x1@4/steps": 3 * steps,
+            "2/eagle:3x1@4/tokens": 7 * steps,
+            "2/off/steps": steps,
+            "8/off/steps": steps,
+        },
+    }
+
+
+def test_what_the_strategies_did_in_the_step_is_in_shares_and_rates():
+    metrics = EngineMetrics()
+    metrics.step([state(1, 0, 5) | {"speculation": strategies(10)}])
+    found = metrics.step([state(1, 0, 5) | {"speculation": strategies(14)}] * 2)
+    assert found["tlt/accept_rate"] == pytest.approx((4 + 1 + 0) / (6 + 2))
+    assert [found[f"tlt/draft_share/{drafter}"] for drafter in ("eagle", "ngram", "off")] == pytest.approx(
+        [6 / 11, 3 / 11, 2 / 11]
+    )
+    assert found["tlt/tuner/2/eagle:3x1@4"] == 0.75 and found["tlt/tuner/2/off"] == 0.25
+    assert found["tlt/tuner/8/off"] == 1.0
+    assert found["tlt/tuner/lost_s"] == pytest.approx(2.0 + 7.0)
+    assert not [name for name in found if name.startswith("count/")]

@@ -49,6 +49,11 @@ class EngineOptions:
         """The strategies that may run beside `off`; none where SGLang's arguments decide."""
         return StrategyConfig(**self.strategy).parsed() if self.strategy else ()
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether one strategy runs always."""
+        return not self.choose_at_random and not (self.strategy and StrategyConfig(**self.strategy).tune)
+
     def export(self, environment: dict[str, str] | None = None) -> None:
         """Write the options to `environment` (default: this process's own), for the processes that it starts."""
         target = os.environ if environment is None else environment

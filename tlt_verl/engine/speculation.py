@@ -60,7 +60,7 @@ class Speculation:
         self._agree, self._clock = agree, clock
         self._rng = random.Random(options.seed)
         self._random = options.choose_at_random
-        self._fixed = own if not options.strategies() else None
+        self._fixed = strategies[0] if options.is_fixed else None
         chooses = self._fixed is None and not self._random
         self.tuner = Tuner.from_config(StrategyConfig(**options.strategy), self._rng) if chooses else None
         self._catch_up = CatchUp(worker._draft_worker)
@@ -72,7 +72,7 @@ class Speculation:
         self._before_s: float | None = None
         self.counts: dict[Strategy, Counter[str]] = {strategy: Counter() for strategy in self._list}
         """Of each strategy: `steps`, `verified` requests, `tokens` and `drafts` that were verified."""
-        self.arms.start(own if self._fixed else OFF)
+        self.arms.start(self._fixed or OFF)
 
     # --- between two steps
 
@@ -192,7 +192,7 @@ class Speculation:
 
     def _choose(self, batch_size: int) -> Strategy:
         if self._fixed is not None:
-            return self._fixed if self.trained else OFF
+            return self._fixed if self.trained or self._fixed.drafter != EAGLE else OFF
         if self._random:
             return self._list[self._agree(self._rng.choice(self._usable()))]
         assert self.tuner is not None

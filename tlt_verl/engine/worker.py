@@ -190,7 +190,9 @@ class TLTWorker(EAGLEWorkerV2):
             elif name in ("save_tuner", "load_tuner"):
                 path = Path(self.options.publications or os.devnull, TUNER_FILE)
                 speculation, decides = self._speculation, self.ps.tp_rank == 0  # the others take its choices
-                done &= not decides or (speculation.keep_tuner if name == "save_tuner" else speculation.load_tuner)(path)
+                done &= not decides or (speculation.keep_tuner if name == "save_tuner" else speculation.load_tuner)(
+                    path
+                )
             elif name == "share":
                 done &= not asleep and self._share.begin()
             elif name == "tapping":

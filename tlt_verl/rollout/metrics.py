@@ -113,7 +113,9 @@ _COUNT = "count/"  # of a counter that is not a metric itself: it goes into rati
 def _strategies(metrics: dict[str, float]) -> None:
     """Shares and rates from the step's counts of strategies, in their place."""
     counts = {name.removeprefix(_COUNT): metrics.pop(name) for name in list(metrics) if name.startswith(_COUNT)}
-    totals = {what: sum(n for name, n in counts.items() if name.startswith(f"{what}/")) for what in ("tokens", "drafts")}
+    totals = {
+        what: sum(n for name, n in counts.items() if name.startswith(f"{what}/")) for what in ("tokens", "drafts")
+    }
     if totals["drafts"]:
         accepted = sum(n for name, n in counts.items() if name.startswith("accepted/"))
         metrics["tlt/accept_rate"] = accepted / totals["drafts"]
