@@ -47,6 +47,7 @@ class TLTWorker(EAGLEWorkerV2):
     `options` and `drafter_trained` are set by the plugin before the class is made an instance of.
     """
 
+    speculative_num_steps: int
     options: ClassVar[EngineOptions] = EngineOptions()
     drafter_trained: ClassVar[bool] = True
 
@@ -127,7 +128,7 @@ class TLTWorker(EAGLEWorkerV2):
 
     def verify(self, *args: Any, **kwargs: Any) -> Any:
         """EAGLE's, as deep as the tree is, whoever drafted it."""
-        steps: int = self.speculative_num_steps
+        steps = self.speculative_num_steps
         self.speculative_num_steps = self._speculation.arms.active.strategy.num_steps
         try:
             return super().verify(*args, **kwargs)
@@ -189,10 +190,8 @@ class TLTWorker(EAGLEWorkerV2):
                 self._speculation.may_draft(bool(value))
             elif name in ("save_tuner", "load_tuner"):
                 path = Path(self.options.publications or os.devnull, TUNER_FILE)
-                speculation, decides = self._speculation, self.ps.tp_rank == 0  # the others take its choices
-                done &= not decides or (speculation.keep_tuner if name == "save_tuner" else speculation.load_tuner)(
-                    path
-                )
+                keep = self._speculation.keep_tuner if name == "save_tuner" else self._speculation.load_tuner
+                done &= self.ps.tp_rank != 0 or keep(path)  # the others take the first rank's choices
             elif name == "share":
                 done &= not asleep and self._share.begin()
             elif name == "tapping":

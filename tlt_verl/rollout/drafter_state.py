@@ -1,6 +1,7 @@
 """The drafter and the tuners beside verl's checkpoints: the trainer's process asks those who have them.
 
-The drafter is the coordinator's; what the tuners have learnt is the engines', one a replica. Nothing here ends a run: a drafter that is not saved, or does not come back, costs speed until another is trained.
+The drafter is the coordinator's; what the tuners have learnt is the engines', one a replica. Nothing here ends a run: a
+drafter that is not saved, or does not come back, costs speed until another is trained.
 """
 
 from __future__ import annotations

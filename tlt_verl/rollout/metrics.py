@@ -113,15 +113,15 @@ _COUNT = "count/"  # of a counter that is not a metric itself: it goes into rati
 def _strategies(metrics: dict[str, float]) -> None:
     """Shares and rates from the step's counts of strategies, in their place."""
     counts = {name.removeprefix(_COUNT): metrics.pop(name) for name in list(metrics) if name.startswith(_COUNT)}
-    totals = {
-        what: sum(n for name, n in counts.items() if name.startswith(f"{what}/")) for what in ("tokens", "drafts")
-    }
-    if totals["drafts"]:
-        accepted = sum(n for name, n in counts.items() if name.startswith("accepted/"))
-        metrics["tlt/accept_rate"] = accepted / totals["drafts"]
-    if totals["tokens"]:
+    tokens, drafts, accepted = (
+        sum(count for name, count in counts.items() if name.startswith(f"{what}/"))
+        for what in ("tokens", "drafts", "accepted")
+    )
+    if drafts:
+        metrics["tlt/accept_rate"] = accepted / drafts
+    if tokens:
         for drafter in ("eagle", "ngram", "off"):
-            metrics[f"tlt/draft_share/{drafter}"] = counts.get(f"tokens/{drafter}", 0.0) / totals["tokens"]
+            metrics[f"tlt/draft_share/{drafter}"] = counts.get(f"tokens/{drafter}", 0.0) / tokens
     steps = {name.removeprefix("steps/"): n for name, n in counts.items() if name.startswith("steps/")}
     for name, count in steps.items():
         bucket = name.partition("/")[0]
