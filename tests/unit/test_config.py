@@ -103,7 +103,8 @@ def test_the_options_of_spot_training_and_of_the_gate_are_read_up_to_their_bound
 
 def test_the_options_of_the_strategy_are_read_up_to_their_bounds():
     arms = ["eagle:7x1@8", "eagle:6x4@24", "ngram:8x1@9", "off"]
-    given = {"arms": arms, "buckets": [1, 300], "epsilon": 1, "window": 1, "max_running_for_drafting": 0}
+    bounds = {"buckets": [1, 300], "epsilon": 1, "window": 1, "max_running_for_drafting": 0}
+    given = {"arms": arms, "tune": True} | bounds
     config = load_config({"strategy": given}).strategy
     assert dataclasses.asdict(config) == given and isinstance(config.epsilon, float)
     assert [str(strategy) for strategy in config.parsed()] == arms

@@ -234,6 +234,7 @@ def test_the_policys_lane_is_read_from_what_the_trainer_prints(capsys):
     from tlt_verl.rollout.policy_events import say_policy
 
     config = OmegaConf.create()
+    OmegaConf.update(config, f"{PREFIX}.spot.enable", False, force_add=True)
     say_policy(config, "update", 4)
     assert not capsys.readouterr().out, "a run that trains no drafter has no timeline"
     OmegaConf.update(config, f"{PREFIX}.spot.enable", True, force_add=True)

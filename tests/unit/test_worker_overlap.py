@@ -6,6 +6,7 @@ The requests are SGLang's in what the tap reads of them; the order of calls is t
 from __future__ import annotations
 
 import contextlib
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from tlt_verl.engine import tap_batch
 from tlt_verl.engine.publication import PublishGap
+from tlt_verl.engine.speculation import Speculation
 from tlt_verl.engine.tap import Tap
 from tlt_verl.engine.worker import TLTWorker
 from tlt_verl.segments import SegmentReader, SegmentWriter
@@ -44,6 +46,9 @@ def worker(tmp_path):
     made = object.__new__(TLTWorker)
     made._tap = Tap(writer, slot_tokens=4, max_tokens_per_step=1 << 30)
     made._tap_failures, made._board, made._publish_gap = 0, None, PublishGap()
+    made._speculation = speculation = object.__new__(Speculation)
+    speculation.tuner = speculation._ngram = speculation._skipped = speculation._before_s = None
+    speculation._clock = time.perf_counter
     with contextlib.closing(writer), contextlib.closing(SegmentReader(writer.path)) as made.reader:
         yield made
 
