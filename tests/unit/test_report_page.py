@@ -225,7 +225,7 @@ def test_a_package_that_is_missing_is_named(folders, tmp_path, package, run):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 2, result.stderr
     assert f"need the package {package}" in result.stderr.replace("needs", "need")
-    assert f"pip install {package}" in result.stderr
+    assert "pip install tlt-verl[report]" in result.stderr
     assert ("| base" in result.stdout) == (run == "log"), "the table does not need matplotlib"
 
 

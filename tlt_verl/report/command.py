@@ -54,7 +54,7 @@ def _page(runs: Sequence[Run], baseline: Run) -> str:
     try:
         from tlt_verl.report.page import page
     except ImportError as error:
-        cure = "pip install matplotlib; the table needs nothing and was made"
+        cure = "pip install tlt-verl[report]; the table needs nothing and was made"
         raise ReportError(f"no page: drawing needs the package {error.name}: {cure}") from error
     return page(runs, baseline)
 

@@ -154,7 +154,7 @@ def _from_event_files(name: str, path: Path, files: Sequence[Path]) -> Run:
     try:
         from tlt_verl.report.scalars import read_event_files
     except ImportError as error:
-        cure = "pip install tensorboard, or give the run's console log"
+        cure = "pip install tlt-verl[report], or give the run's console log"
         raise ReportError(f"{path}: its TensorBoard event files need the package {error.name}: {cure}") from error
     try:
         records = list(read_event_files(files))
