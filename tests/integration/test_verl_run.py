@@ -4,6 +4,7 @@ They would catch what no part's own test can: a seam that no longer meets the ot
 a checkpoint that does not come back, metrics that are not in verl's log.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from fitted_drafter import fit_drafter
 from transformers import AutoModelForCausalLM
-from verl_runner import HERE, assert_logprobs_agree, fingerprints, run
+from verl_runner import HERE, TLT, assert_logprobs_agree, fingerprints, run
 
 sys.path.insert(0, str(HERE))
 from tiny_task import make_model, make_prompts
@@ -62,6 +63,30 @@ def test_a_tree_run_validates_trains_saves_and_resumes_into_two_turns(task):
     assert resumed[0]["num_turns/mean"] == 4
     assert resumed[0]["tlt/accept_len"] >= 1
     assert len(fingerprints(output)) == 2
+
+
+def test_a_tuner_chooses_among_strategies_and_what_it_learnt_comes_back(task):
+    tuned = (
+        "actor_rollout_ref.rollout.custom.tlt.strategy.arms=['eagle:2x1@3','ngram:3x1@4']",
+        f"{TLT}strategy.tune=true",
+        f"{TLT}drafter.path={task}/drafter",
+        f"trainer.default_local_dir={task}/tuned",
+    )
+    steps, output = run(task, *tuned, "trainer.total_training_steps=2", "trainer.save_freq=2")
+    assert_logprobs_agree(steps)
+    for step in steps:
+        shares = [step[f"tlt/draft_share/{drafter}"] for drafter in ("eagle", "ngram", "off")]
+        assert sum(shares) == pytest.approx(1.0) and min(shares) >= 0
+        chosen = {name: value for name, value in step.items() if name.startswith("tlt/tuner/") and name[10].isdigit()}
+        assert chosen and all(0 <= share <= 1 for share in chosen.values())
+    assert any(step["tlt/draft_share/off"] < 1 for step in steps), "nothing was ever tried"
+    saved = json.loads((task / "tuned" / "global_step_2" / "tlt_tuners.json").read_text())
+    assert len(saved) == 1 and saved[0]["best"] and "what the tuners learnt is saved" in output
+
+    resumed, output = run(task, *tuned, "trainer.total_training_steps=3", "trainer.resume_mode=auto")
+    assert [step["training/global_step"] for step in resumed] == [3]
+    assert "tlt: the tuners go on from" in output and "the tuner begins anew" not in output
+    assert_logprobs_agree(resumed)
 
 
 def test_two_replicas_serve_a_data_parallel_policy(task):
