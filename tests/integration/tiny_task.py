@@ -142,6 +142,8 @@ class PublishesOnce(AgentLoopBase):
         import ray
 
         server = ray.get_actor("sglang_server_0_0")
+        while not (await server.drafter_state.remote())["speculation"]["strategies"]:
+            await asyncio.sleep(0.01)  # something has been decoded without it
         folder = Path(await server.publications.remote())
         shutil.copytree(os.environ["TLT_TEST_DRAFTER"], folder / "v1")
         reason = await server.publish_drafter.remote(1)
