@@ -17,6 +17,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
+from tlt_verl.report.lanes import draw_lanes
 from tlt_verl.report.timeline import MARK, STATES, Timeline, read_events, seconds_table
 
 
@@ -39,20 +40,12 @@ def title(timeline: Timeline, step: int) -> str:
 
 
 def draw(timeline: Timeline, step: int, out: Path) -> None:
-    """One row a lane, the first on top; short states over long ones."""
+    """One row a lane, and a legend below."""
     plt.rcParams["svg.hashsalt"] = "tlt"
-    start_s, end_s = timeline.step_window(step)
     spans = timeline.step_spans(step)
-    height = 1.6 + 0.45 * len(spans)
-    figure, axes = plt.subplots(figsize=(10, height), constrained_layout=True)
-    for row, of_lane in enumerate(spans.values()):
-        for state in {span.state: None for span in of_lane}:
-            bars = [(span.start_s - start_s, span.seconds) for span in of_lane if span.state == state]
-            wide, over = (0.75, 3) if state == "yielding" else (0.0, 2)
-            colour = STATES[state][1]
-            axes.broken_barh(bars, (row - 0.4, 0.8), facecolor=colour, edgecolor=colour, linewidth=wide, zorder=over)
-    axes.set(title=title(timeline, step), xlabel="seconds since the step's start", xlim=(0, end_s - start_s))
-    axes.set(yticks=range(len(spans)), yticklabels=list(spans), ylim=(len(spans) - 0.5, -0.5))
+    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.45 * len(spans)), constrained_layout=True)
+    draw_lanes(axes, timeline, step)
+    axes.set(title=title(timeline, step), xlabel="seconds since the step's start")
     shown = {span.state for of_lane in spans.values() for span in of_lane}
     colours = dict(STATES[state] for state in STATES if state in shown)
     handles = [Patch(facecolor=colour, label=label) for label, colour in colours.items()]

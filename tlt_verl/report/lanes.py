@@ -35,12 +35,12 @@ def _timeline(run: Run) -> list[Plot]:
     caption = f"Who did what while the weights of step {step} served, {end_s - start_s:.1f} s{end}."
     used = {span.state for span in spans}
     labels = dict(STATES[state] for state in STATES if state in used)
-    panel = Panel("", lambda axes: _draw(axes, timeline, step), xlabel="seconds since the step's start")
+    panel = Panel("", lambda axes: draw_lanes(axes, timeline, step), xlabel="seconds since the step's start")
     size = (WIDE_INCHES[0], _FRAME_INCHES + _ROW_INCHES * len(timeline.lanes))
     return plot(title, caption, [panel], [(label, Style(colour)) for label, colour in labels.items()], size)
 
 
-def _draw(axes: Axes, timeline: Timeline, step: int) -> None:
+def draw_lanes(axes: Axes, timeline: Timeline, step: int) -> None:
     """The first lane on top; short states over long ones, yielding at least a line wide."""
     start_s, end_s = timeline.step_window(step)
     spans = timeline.step_spans(step)
