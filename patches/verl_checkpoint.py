@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tlt_verl.patches.seam import Seam, Target
+from tlt_verl.patches.trainer_servers import server_handles
 
 MODULE = "verl.trainer.ppo.v1.trainer_base"
 _TRAINER = f"{MODULE}:PPOTrainer"
@@ -31,20 +32,15 @@ def _install(name: str, save: Callable[[str, list[Any]], None], load: Callable[[
     def save_checkpoint(self: Any) -> None:
         original_save(self)
         if self.config.actor_rollout_ref.rollout.name == name:
-            save(_folder(self, resumed=False), _servers(self))
+            save(_folder(self, resumed=False), server_handles(self))
 
     @functools.wraps(original_load)
     def load_checkpoint(self: Any) -> None:
         original_load(self)
         if self.config.actor_rollout_ref.rollout.name == name and self.global_steps > 0:
-            load(_folder(self, resumed=True), _servers(self))
+            load(_folder(self, resumed=True), server_handles(self))
 
     PPOTrainer._save_checkpoint, PPOTrainer._load_checkpoint = save_checkpoint, load_checkpoint
-
-
-def _servers(trainer: Any) -> list[Any]:
-    """The handles of the replicas' servers, in their order."""
-    return [handle for manager in trainer._rollout_server_managers() for handle in manager.server_handles]
 
 
 def _folder(trainer: Any, *, resumed: bool) -> str:

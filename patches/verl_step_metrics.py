@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tlt_verl.patches.seam import Seam, Target
+from tlt_verl.patches.trainer_servers import server_handles
 
 MODULE = "verl.trainer.ppo.v1.trainer_base"
 _COMPUTE = f"{MODULE}:PPOTrainer._compute_metrics"
@@ -60,8 +61,7 @@ def _states(trainer: Any) -> list[dict]:
     """The replicas' states in their order; {} for one that fails or does not answer in time, and the log says so."""
     import ray
 
-    handles = [handle for manager in trainer._rollout_server_managers() for handle in manager.server_handles]
-    asked = [handle.drafter_state.remote() for handle in handles]
+    asked = [handle.drafter_state.remote() for handle in server_handles(trainer)]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_STATE_TIMEOUT_S) if asked else ([], [])
     states: list[dict] = []
     for replica, state in enumerate(asked):

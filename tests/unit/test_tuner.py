@@ -155,7 +155,8 @@ class AdaptiveSteps:
     """SGLang's own: chains whose length follows the moving average of the accepted drafts; it is told no time."""
 
     def __init__(self) -> None:
-        params = pytest.importorskip("sglang.srt.speculative.adaptive_spec_params")
+        from sglang.srt.speculative import adaptive_spec_params as params
+
         self._params = params.AdaptiveSpeculativeParams(initial_steps=3)
 
     def choose(self, batch_size: int) -> Strategy:

@@ -156,7 +156,7 @@ class Speculation:
         if self._ngram is not None:
             self._ngram.forget()
 
-    def keep_tuner(self, path: Path) -> bool:
+    def save_tuner(self, path: Path) -> bool:
         """Write what the tuner has learnt; False where there is none, or it cannot be written (the log says why)."""
         if self.tuner is None:
             return False
@@ -168,7 +168,7 @@ class Speculation:
         return True
 
     def load_tuner(self, path: Path) -> bool:
-        """Go on from what `keep_tuner` wrote; False where it cannot be used (the log says why)."""
+        """Go on from what `save_tuner` wrote; False where it cannot be used (the log says why)."""
         if self.tuner is None:
             return False
         try:

@@ -190,7 +190,7 @@ class TLTWorker(EAGLEWorkerV2):
                 self._speculation.may_draft(bool(value))
             elif name in ("save_tuner", "load_tuner"):
                 path = Path(self.options.publications or os.devnull, TUNER_FILE)
-                keep = self._speculation.keep_tuner if name == "save_tuner" else self._speculation.load_tuner
+                keep = self._speculation.save_tuner if name == "save_tuner" else self._speculation.load_tuner
                 done &= self.ps.tp_rank != 0 or keep(path)  # the others take the first rank's choices
             elif name == "share":
                 done &= not asleep and self._share.begin()
