@@ -210,6 +210,20 @@ def test_copies_are_averaged_and_go_back_to_trainers(jobs):
     assert metrics["tlt/drafter/ce"] == 1.5 and metrics["tlt/spot/checkpoint_errors"] == 0
 
 
+def test_what_takes_long_takes_only_what_nobody_else_wants(jobs):
+    """A copy is handed in when the policy begins to compute, on the same cores."""
+    actor = jobs.begin()
+
+    def idle_threads() -> int:
+        (process,) = processes()
+        return sum(os.sched_getscheduler(thread.id) == os.SCHED_IDLE for thread in process.threads())
+
+    until(lambda: len(processes()) == 1, "no coordinator")
+    before = idle_threads()
+    assert ask(actor.submit, "0", 0, trained(1, ask(actor.fetch)["state"]), 100, REPORT)["version"] == 1
+    assert idle_threads() > before
+
+
 def test_a_publication_reaches_every_server_and_who_rejects_it_is_named(jobs):
     actor = jobs.begin()
     takes, rejects = jobs.serve("0"), jobs.serve("1", reason="the captured graphs have no room")

@@ -7,7 +7,8 @@ again and it goes on from the last checkpoint of this job; workers and servers o
 `Coordination.recover`, and it knows them again when they ask.
 
 State crosses Ray as dicts of torch tensors on the CPU. Whatever takes long runs in a thread, so that calls are answered
-while a disk is slow; every such wait has a bound. A full or read-only disk costs checkpoints only.
+while a disk is slow, and at the lowest priority, because workers hand in when the policy begins; every such wait has a
+bound. A full or read-only disk costs checkpoints only.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -28,15 +30,17 @@ from tlt_verl.drafter.checkpoint import latest, load_checkpoint, weights_problem
 from tlt_verl.drafter.eagle import tensor_shapes
 from tlt_verl.spot.coordination import Coordination, SubmissionRefused
 from tlt_verl.spot.disk import Disk, write_once
-from tlt_verl.spot.process import started
+from tlt_verl.spot.process import started, yield_to_all
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 Weights = Mapping[str, torch.Tensor]
 
 _TELL_S = 5.0  # after which a disk that has not taken a few numbers has failed
 _SILENT_S = 10.0  # after which a server that asks no more is forgotten
 _POLL_S = 0.02
+_THREADS = 8  # some may hang on a slow disk
 
 
 def create(
@@ -109,6 +113,7 @@ class SpotCoordinator:
         self._errors: set[str] = set()
         self._checkpoint_errors = 0
         self._answer_s = answer_s
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tlt-coordinator", initializer=yield_to_all)
         self._servers: dict[str, _Server] = {}
         self._owing: dict[str, int] = {}  # versions for which a publication has waited in vain
         self._state, self._publishing, self._storing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
@@ -148,7 +153,7 @@ class SpotCoordinator:
         """
         async with self._state:
             try:
-                merge = await asyncio.to_thread(self._coordination.merge, base, state, tokens, report)
+                merge = await self._in_thread(self._coordination.merge, base, state, tokens, report)
             except SubmissionRefused as refused:
                 logger.error("tlt: what replica %s trained was not merged: %s", replica, refused)
                 return {"refused": refused.kind, "reason": str(refused)}
@@ -199,7 +204,7 @@ class SpotCoordinator:
     async def _offer(self, drafter: _Publication) -> dict[str, Any]:
         async with self._storing:
             if drafter.stored is None:
-                drafter.stored = await asyncio.to_thread(ray.put, (dict(drafter.weights), drafter.hot))
+                drafter.stored = await self._in_thread(ray.put, (dict(drafter.weights), drafter.hot))
             return {"version": drafter.version, "config": self._coordination.config, "drafter": drafter.stored}
 
     async def publish(
@@ -237,7 +242,7 @@ class SpotCoordinator:
         return {"version": version, "rejected": rejected, "serves": drafter.serves}
 
     async def _unfit(self, weights: Weights, hot: torch.Tensor | None) -> dict[str, str] | None:
-        if problem := await asyncio.to_thread(weights_problem, weights, self._coordination.config):
+        if problem := await self._in_thread(weights_problem, weights, self._coordination.config):
             return {"refused": problem.kind, "reason": f"its {problem.text}"}
         try:
             chosen = await self.choose_hot(hot)
@@ -281,7 +286,7 @@ class SpotCoordinator:
             if drafter is not self._newest or drafter.serves:
                 return
             published = self._coordination.published
-            await asyncio.to_thread(published, drafter.weights, drafter.version, drafter.accept_len)
+            await self._in_thread(published, drafter.weights, drafter.version, drafter.accept_len)
             drafter.serves = True
         self._keep_soon()
 
@@ -304,7 +309,7 @@ class SpotCoordinator:
         async with self._state:
             saved = self._coordination.checkpoint()
         try:
-            await asyncio.to_thread(write_once, Path(folder), saved)
+            await self._in_thread(write_once, Path(folder), saved)
         except (OSError, RuntimeError, ValueError) as error:
             self._failed_to_keep(error)
             return f"{type(error).__name__}: {error}"
@@ -319,7 +324,7 @@ class SpotCoordinator:
         async with self._publishing:
             async with self._state:
                 try:
-                    checkpoint = await asyncio.to_thread(load_checkpoint, latest(folder) or folder)
+                    checkpoint = await self._in_thread(load_checkpoint, latest(folder) or folder)
                     restored = Coordination.from_checkpoint(checkpoint)
                 except (OSError, DrafterError) as error:
                     return str(error)
@@ -341,7 +346,7 @@ class SpotCoordinator:
     async def _tell(self) -> None:
         """Keep the numbers before anybody is told them."""
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._disk.tell, self._coordination.told()), _TELL_S)
+            await asyncio.wait_for(self._in_thread(self._disk.tell, self._coordination.told()), _TELL_S)
         except TimeoutError:
             self._failed_to_keep(TimeoutError(f"the disk has not taken the numbers in {_TELL_S:g} s"))
         except OSError as error:
@@ -361,11 +366,14 @@ class SpotCoordinator:
                 async with self._state:
                     saved = self._coordination.checkpoint()
                 try:
-                    await asyncio.to_thread(self._disk.keep, saved)
+                    await self._in_thread(self._disk.keep, saved)
                 except Exception as error:  # of the disk, in any of torch's and safetensors' types: training goes on
                     self._failed_to_keep(error)
         finally:
             self._is_saving = False
+
+    async def _in_thread(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

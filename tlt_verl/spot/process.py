@@ -1,7 +1,9 @@
-"""What a process of spot training says of itself when it is up."""
+"""What processes of spot training have in common: their priority, and what they say of themselves when they are up."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 import psutil
@@ -19,3 +21,10 @@ def started(who: str) -> str:
     """A line for the run's log."""
     rss = psutil.Process().memory_info().rss
     return f"tlt: the {who} is up with {rss / 1e6:.0f} MB, imported of upstream: {', '.join(upstream()) or 'nothing'}"
+
+
+def yield_to_all() -> None:
+    """Let this thread take only processor time that nobody else wants."""
+    os.nice(19 - os.nice(0))
+    with contextlib.suppress(OSError):  # a container may forbid it; niceness stays
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -6,7 +6,6 @@ cores are shared, the kernel gives it only what nobody else wants.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import torch
 from tlt_verl.board import Board, Phase, SpotState
 from tlt_verl.spot.idle import EngineProbe, IdleDetector, PhaseProbe, device_probe
 from tlt_verl.spot.learner import LearnerSettings, SpotLearner
-from tlt_verl.spot.process import started
+from tlt_verl.spot.process import started, yield_to_all
 from tlt_verl.spot.ray_links import RayLinks
 from tlt_verl.spot.rings import Rings
 from tlt_verl.spot.worker import SpotWorker, WorkerSettings
@@ -86,13 +85,6 @@ def replica_state(board: Board) -> str:
     if phase is Phase.GENERATE:
         return "generating" if board.requests else "idle"
     return {Phase.STARTING: "starting", Phase.SYNC: "sync"}.get(phase, "policy")
-
-
-def yield_to_all() -> None:
-    """Take only processor time that nobody else wants."""
-    os.nice(19 - os.nice(0))
-    with contextlib.suppress(OSError):  # a container may forbid it; niceness stays
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class SpotService:
