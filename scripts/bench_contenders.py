@@ -63,6 +63,13 @@ def make_contenders(options: argparse.Namespace, drafter: Path, max_running: int
     return [makers[name](options, drafter, common) for name in options.contenders]
 
 
+_ON_CPU = {
+    "device": "cpu",
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,  # the engine whose turn it is not must not spin on the other's core
+}
+
+
 def _engine(options: argparse.Namespace, max_running: int) -> dict[str, Any]:
     """Arguments that all engines have. The prefix cache is on, as it is in SGLang."""
     return {
@@ -74,15 +81,23 @@ def _engine(options: argparse.Namespace, max_running: int) -> dict[str, Any]:
         "max_total_tokens": options.max_total_tokens,
         "mem_fraction_static": 0.2,
         "log_level": "error",
-        "device": "cpu",
-        "disable_overlap_schedule": True,
-        "sleep_on_idle": True,  # the engine whose turn it is not must not spin on the other's core
+        **(_ON_CPU if options.device == "cpu" else {"device": options.device}),
+        **dict(options.engine),
     }
+
+
+def _attention(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """An attention backend that is needed on a CPU; elsewhere all engines have the same."""
+    return {"attention_backend": name} if options.device == "cpu" else {}
+
+
+def _remarks(options: argparse.Namespace) -> str:
+    return f"{_OUR_ATTENTION}; {_GREEDY_ON_CPU}" if options.device == "cpu" else ""
 
 
 def _environment(options: argparse.Namespace, **more: str) -> dict[str, str]:
     return {
-        "SGLANG_USE_CPU_ENGINE": "1",
+        **({"SGLANG_USE_CPU_ENGINE": "1"} if options.device == "cpu" else {}),
         "OMP_NUM_THREADS": str(options.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
@@ -94,8 +109,9 @@ def _environment(options: argparse.Namespace, **more: str) -> dict[str, str]:
 def _baseline(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
     # SGLANG_PLUGINS is a list of the plugins that are loaded: of this name there is none
     environment = _environment(options, SGLANG_PLUGINS="none")
-    engine = {**common, "attention_backend": "torch_native"}
-    return Contender(BASELINE, "stock SGLang without speculation, no plugin, torch_native", engine, environment)
+    engine = {**common, **_attention(options, "torch_native")}
+    about = f"stock SGLang without speculation, no plugin, {engine.get('attention_backend', 'its own attention')}"
+    return Contender(BASELINE, about, engine, environment)
 
 
 def _eagle(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
@@ -103,7 +119,7 @@ def _eagle(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -
     hot = drafter / HOT_TOKENS
     engine = {
         **common,
-        "attention_backend": "tlt_cpu",
+        **_attention(options, "tlt_cpu"),
         "speculative_algorithm": "EAGLE",
         "speculative_draft_model_path": str(drafter),
         "speculative_num_steps": strategy.num_steps,
@@ -111,21 +127,21 @@ def _eagle(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -
         "speculative_num_draft_tokens": strategy.num_draft_tokens,
         "speculative_token_map": str(hot) if hot.is_file() else None,
     }
-    remark = f"{_OUR_ATTENTION}; {_GREEDY_ON_CPU}"
-    return Contender("eagle", f"stock SGLang's EAGLE, {strategy}, same drafter", engine, _environment(options), remark)
+    about = f"stock SGLang's EAGLE, {strategy}, same drafter"
+    return Contender("eagle", about, engine, _environment(options), _remarks(options))
 
 
 def _ngram(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
     engine = {
         **common,
-        "attention_backend": "tlt_cpu",
+        **_attention(options, "tlt_cpu"),
         "speculative_algorithm": "NGRAM",
         "speculative_num_draft_tokens": options.ngram_tokens,
     }
     # SGLang compiles its corpus when it starts; one of the sources uses size_t without the header that declares it
     environment = _environment(options, CXX=f"{os.environ.get('CXX', 'c++')} -include cstddef")
     about = f"stock SGLang's NGRAM, {options.ngram_tokens} draft tokens"
-    return Contender("ngram", about, engine, environment, f"{_OUR_ATTENTION}; {_GREEDY_ON_CPU}")
+    return Contender("ngram", about, engine, environment, _remarks(options))
 
 
 def _tlt(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:

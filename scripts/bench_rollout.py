@@ -43,6 +43,7 @@ from bench_table import legend, table
 from plot_rollout import plot
 from transformers import AutoTokenizer
 
+from tlt_verl.cli import engine_argument
 from tlt_verl.config import Strategy
 from tlt_verl.drafter import prepare_drafter
 from tlt_verl.warmup.prompts import read_prompts
@@ -221,6 +222,9 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", default="bfloat16")
     add("--threads", type=int, default=2, help="of each engine (2)")
     add("--max-total-tokens", type=int, default=32768, help="of each engine's KV cache")
+    add("--device", default="cpu", help="of all engines (cpu)")
+    more = "another argument of all engines, such as attention_backend=triton; may be given again"
+    add("--engine", action="append", type=engine_argument, default=[], metavar="NAME=VALUE", help=more)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=ROOT / "runs/bench_rollout", help="folder for result.json, figure.svg and logs")
     options = parser.parse_args()

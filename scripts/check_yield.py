@@ -2,6 +2,7 @@
 """Takes the device away from a spot worker at random moments, and looks at how fast it goes and at what it keeps.
 
     scripts/check_yield.py [--preemptions 200] [--hidden 576] [--vocab 4096] [--yield-ms 50] [--seed 0]
+                           [--device cpu|cuda]
 
 The worker is the real one in a process of its own, with its probes, rings, learner and a coordination; what stands in
 for the replica is this script, which writes the board as a server does. Prints one JSON object:
@@ -10,6 +11,8 @@ for the replica is this script, which writes the board as a server does. Prints 
     steps           of the optimizer at the end, and the micro-steps that were counted: equal, if none was lost
     loss            first and last mean of 32 steps, and the largest jump across a pre-emption
     rss_mb          of the worker while the device is another's, after each tenth of the pre-emptions
+    device_mb       the same of a GPU's memory, by NVML; what is left is CUDA's own context
+    training_mb     the most that NVML saw of it while the worker trained
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from tlt_verl.spot.coordination import Coordination
 from tlt_verl.spot.idle import EngineProbe, IdleDetector, PhaseProbe
 from tlt_verl.spot.learner import LearnerSettings, SpotLearner
 from tlt_verl.spot.links import Master, Policy, Published
+from tlt_verl.spot.nvml import Device
 from tlt_verl.spot.rings import Rings
 from tlt_verl.spot.worker import SpotWorker, WorkerSettings
 
@@ -77,13 +81,14 @@ class LocalLinks:
 
 
 def sizes(hidden: int) -> dict[str, Any]:
-    """Of a Llama with this hidden size, as SmolLM2's are in proportion."""
+    """Of a Llama with this hidden size, as SmolLM2's are in proportion: heads of 64."""
+    heads = hidden // 64
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
         "intermediate_size": hidden * 8 // 3,
-        "num_attention_heads": 9 if hidden % 9 == 0 else 4,
-        "num_key_value_heads": 3 if hidden % 9 == 0 else 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 4,
         "rms_norm_eps": 1e-5,
     }
 
@@ -109,8 +114,9 @@ def segments(hidden: int, vocab: int, count: int) -> list[Segment]:
     return made
 
 
-def work(board_path: Path, rings: str, hidden: int, vocab: int, yield_ms: float, out: Any) -> None:
+def work(board_path: Path, rings: str, options: argparse.Namespace, out: Any) -> None:
     """The spot worker's process."""
+    hidden, vocab, yield_ms = options.hidden, options.vocab, options.yield_ms
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = drafter_config({**sizes(hidden), "vocab_size": vocab})
@@ -121,7 +127,9 @@ def work(board_path: Path, rings: str, hidden: int, vocab: int, yield_ms: float,
     worker = SpotWorker(
         board,
         IdleDetector((PhaseProbe(board), EngineProbe(board)), IDLE_S),
-        SpotLearner(config, weights, LearnerSettings(step_s=yield_ms / 1e3, num_steps=3, always_hot=(0,)), "cpu"),
+        SpotLearner(
+            config, weights, LearnerSettings(step_s=yield_ms / 1e3, num_steps=3, always_hot=(0,)), options.device
+        ),
         Rings(rings),
         links,
         WorkerSettings(gate_every_s=1.0, dtype="bfloat16"),
@@ -141,9 +149,44 @@ def work(board_path: Path, rings: str, hidden: int, vocab: int, yield_ms: float,
     out.send({"steps": state["steps"], "losses": losses, "failures": dict(worker.failures)})
 
 
-def preempt(board: Board, process: psutil.Process, count: int, seed: int) -> tuple[list[float], list[float], int]:
-    """Let requests come at random moments; yield times in ms, resident MB while busy, and how often none trained."""
-    moments, times, memory, missed = random.Random(seed), [], [], 0
+class Memory:
+    """What a process holds, MB; of a GPU's memory, by NVML, where it trains on one."""
+
+    def __init__(self, pid: int, device: str) -> None:
+        self._process = psutil.Process(pid)
+        self._device = Device("0") if device == "cuda" else None
+        self.resident: list[float] = []
+        self.on_device: list[float] = []
+        self.training = 0.0
+
+    def note_busy(self) -> None:
+        """The device is another's."""
+        self.resident.append(self._process.memory_info().rss / 2**20)
+        if self._device is not None:
+            self.on_device.append(self._held())
+
+    def note_training(self) -> None:
+        """The worker trains."""
+        if self._device is not None:
+            self.training = max(self.training, self._held())
+
+    def report(self) -> dict[str, Any]:
+        """For the JSON object."""
+        found: dict[str, Any] = {"rss_mb": _tenths(self.resident)}
+        return found | ({"device_mb": _tenths(self.on_device), "training_mb": self.training} if self._device else {})
+
+    def _held(self) -> float:
+        assert self._device is not None
+        return ((self._device.sample().processes or {}).get(self._process.pid) or 0) / 2**20
+
+
+def _tenths(values: list[float]) -> list[int]:
+    return [round(values[len(values) * tenth // 10 - 1]) for tenth in range(1, 11)]
+
+
+def preempt(board: Board, memory: Memory, count: int, seed: int) -> tuple[list[float], int]:
+    """Let requests come at random moments; yield times in ms, and how often the worker was between two windows."""
+    moments, times, missed = random.Random(seed), [], 0
     started_by = time.monotonic() + 120
     while board.state == SpotState.STARTING and time.monotonic() < started_by:
         board.beat_ns = now_ns()
@@ -153,6 +196,7 @@ def preempt(board: Board, process: psutil.Process, count: int, seed: int) -> tup
         while board.state != SpotState.TRAINING and time.monotonic() < deadline:
             board.beat_ns = now_ns()
             time.sleep(0.001)
+        memory.note_training()
         time.sleep(moments.uniform(0, 0.3))
         board.beat_ns = now_ns()
         before = board.yields
@@ -167,9 +211,9 @@ def preempt(board: Board, process: psutil.Process, count: int, seed: int) -> tup
         else:
             missed += 1  # it was between two windows
         time.sleep(0.01)
-        memory.append(process.memory_info().rss / 2**20)
+        memory.note_busy()
         board.requests = 0
-    return times, memory, missed
+    return times, missed
 
 
 def jumps(losses: list[tuple[int, float]]) -> float:
@@ -189,6 +233,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--yield-ms", type=float, default=50.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         board = Board.create("yield", Path(folder))
@@ -200,11 +245,12 @@ def main() -> None:
             writer.write(segment)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        arguments = (board.path, name, options.hidden, options.vocab, options.yield_ms, theirs)
+        arguments = (board.path, name, options, theirs)
         process = context.Process(target=work, args=arguments)
         process.start()
         try:
-            times, memory, missed = preempt(board, psutil.Process(process.pid), options.preemptions, options.seed)
+            memory = Memory(process.pid, options.device)
+            times, missed = preempt(board, memory, options.preemptions, options.seed)
             board.phase = Phase.STOPPED
             if not ours.poll(60):
                 raise SystemExit("check_yield: the worker did not end in 60 s")
@@ -227,7 +273,7 @@ def main() -> None:
                 "last": statistics.mean(losses[-32:]),
                 "largest_jump": jumps(said["losses"]),
             },
-            "rss_mb": [round(memory[len(memory) * tenth // 10 - 1]) for tenth in range(1, 11)],
+            **memory.report(),
             "gate": {"published": board.gate_published, "rejected": board.gate_rejected},
             "failures": said["failures"],
         }

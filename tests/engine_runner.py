@@ -2,6 +2,9 @@
 
 Tests call `run_engine`; the process is this file, run as a script: a JSON object in, a JSON object out. It knows the
 engine's Python interface and nothing of what the tests look for.
+
+`TLT_TEST_ENGINE`, a JSON object of `sglang.Engine`'s arguments, runs the same tests on another device
+(`scripts/check_gpu.sh`).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ ENGINE = {
     "log_level": "warning",
     "random_seed": 1,
     "sleep_on_idle": True,
+    **json.loads(os.environ.get("TLT_TEST_ENGINE", "{}")),
 }
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}
@@ -44,7 +48,7 @@ def speculative(algorithm: str, shape: dict[str, int] | Sequence[str], drafter: 
     """What `run_engine` takes for a speculative algorithm with a tree of this shape, or that switches between some."""
     if not isinstance(shape, dict):
         return _switching(algorithm, shape, drafter)
-    backend = {} if algorithm == "TLT" else {"attention_backend": "tlt_cpu"}
+    backend = {} if algorithm == "TLT" or ENGINE["device"] != "cpu" else {"attention_backend": "tlt_cpu"}
     return {
         "speculative_algorithm": algorithm,
         "speculative_draft_model_path": str(drafter),
@@ -130,7 +134,7 @@ def run_engine(
         given, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
         given.write_text(json.dumps(request))
         variables = os.environ | {
-            "SGLANG_USE_CPU_ENGINE": "1",
+            **({"SGLANG_USE_CPU_ENGINE": "1"} if ENGINE["device"] == "cpu" else {}),
             "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": scratch,
             "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +36,8 @@ def _warmup(arguments: argparse.Namespace) -> int:
     from tlt_verl.warmup.command import main as warmup
 
     given = {name: value for name, value in vars(arguments).items() if name != "command" and value is not None}
+    if "engine" in given:
+        given["engine"] = dict(given["engine"])
     return warmup(given)
 
 
@@ -109,6 +114,27 @@ def _add_warmup(commands: argparse._SubParsersAction) -> None:
     warmup.add_argument("--seed", type=int, help="of the split, the engine and the trainer (0)")
     warmup.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     warmup.add_argument("--dtype", help="of the target in the engine (bfloat16)")
+    warmup.add_argument(
+        "--engine",
+        action="append",
+        type=engine_argument,
+        metavar="NAME=VALUE",
+        help="another argument of SGLang's engine, such as attention_backend=triton; may be given again",
+    )
+
+
+def engine_argument(text: str) -> tuple[str, Any]:
+    """An argument of SGLang's engine, NAME=VALUE; the value is JSON, or the text that it is.
+
+    Raises:
+        argparse.ArgumentTypeError: says what it takes.
+    """
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes NAME=VALUE")
+    with contextlib.suppress(ValueError):
+        return name, json.loads(value)
+    return name, value
 
 
 if __name__ == "__main__":

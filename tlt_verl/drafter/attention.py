@@ -46,6 +46,7 @@ except ImportError:
 else:
     varlen_attn = varlen.varlen_attn
 
+_WIDEST_HEAD = 256  # that flash attention takes
 _ROUND = 16
 _BLOCK = 512  # rows of a sequence whose scores exist at once in the backward
 
@@ -75,16 +76,20 @@ def block_diagonal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         q, k, v = (side.to(torch.get_autocast_dtype(device)) for side in (q, k, v))
     if not any(lengths):
         return q * 0
-    if device == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and _has_varlen(q.device):
+    if device == "cuda" and _runs_varlen(q):
         return _varlen(q, k, v, lengths)
     return _OneByOne.apply(q, k, v, tuple(lengths))
 
 
-def _has_varlen(device: torch.device) -> bool:
-    """Whether this torch has variable-length attention with a causal window, and the device runs it (Ampere on)."""
+def _runs_varlen(q: torch.Tensor) -> bool:
+    """Whether this torch has variable-length attention with a causal window, and it takes such heads on their device:
+    16 bits, at most 256 wide, Ampere on.
+    """
     if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > _WIDEST_HEAD:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class WarmupOptions:
         seed: of the split of the prompts, the engine and the trainer.
         device: `cpu` or `cuda`.
         dtype: of the target in the engine.
+        engine: more arguments of `sglang.Engine`, by name; they win over those that the others imply.
 
     Raises:
         ConfigError: names the option, what it got and what it takes.
@@ -51,6 +53,7 @@ class WarmupOptions:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "bfloat16"
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("minutes", "batch", "max_new_tokens", "held_out", "pack_tokens", "lr"):

@@ -150,17 +150,22 @@ class Warmup:
 
     def _engine(self) -> OfflineEngine:
         options = self.options
+        length = self._longest + options.max_new_tokens + 32
+        arguments = {
+            "device": options.device,
+            "dtype": options.dtype,
+            "random_seed": options.seed,
+            "max_total_tokens": options.batch * length,
+            "context_length": length,
+            **options.engine,
+        }
         return OfflineEngine(
             options.target,
             self._start_path,
             self._strategy,
             publications=options.out,
             max_running=options.batch,
-            device=options.device,
-            dtype=options.dtype,
-            random_seed=options.seed,
-            max_total_tokens=options.batch * (self._longest + options.max_new_tokens + 32),
-            context_length=self._longest + options.max_new_tokens + 32,
+            **arguments,
         )
 
     def _make_learner(self, planned_s: float) -> Learner:
