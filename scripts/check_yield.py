@@ -81,14 +81,14 @@ class LocalLinks:
 
 
 def sizes(hidden: int) -> dict[str, Any]:
-    """Of a Llama with this hidden size, as SmolLM2's are in proportion: heads of 64."""
-    heads = hidden // 64
+    """Of a Llama with this hidden size, as SmolLM2's are in proportion: heads of 64, four at least."""
+    heads = max(hidden // 64, 4)
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
         "intermediate_size": hidden * 8 // 3,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 4,
+        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 2,
         "rms_norm_eps": 1e-5,
     }
 

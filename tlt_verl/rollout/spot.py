@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.5
 _LOOK_S = 0.05
+_REPORT_S = 2.0
+_SLOWER = 4  # while verl's phase is not the rollout's: every look takes time from whoever computes then
 _ANSWER_S = 10.0
 _RESTART_S = 5.0
 _START_S = 120.0  # an actor's process imports torch, on cores that others want
@@ -188,11 +190,11 @@ class SpotHost:
             raise
         self.board.allowed = 1
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drafters.has_news.wait(), _BEAT_S)
+            await asyncio.wait_for(self._drafters.has_news.wait(), self._every(_BEAT_S))
 
     async def _look_after_worker(self) -> None:
         """See to it that there is a worker, once there is a coordinator."""
-        await asyncio.sleep(_BEAT_S)
+        await asyncio.sleep(_REPORT_S if self._worker is not None else _BEAT_S)
         if self._coordinator is None:
             return
         if self._worker is not None and self._workers_coordinator is not self._coordinator:
@@ -221,7 +223,10 @@ class SpotHost:
             is_whole = self.board.phase == Phase.GENERATE  # while weights come in, they are of two versions
             self.board.share_version = await self._shared() if is_whole else -1
             self.board.share_given = wanted
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(self._every(_LOOK_S))
+
+    def _every(self, seconds: float) -> float:
+        return seconds if self.board.phase == Phase.GENERATE else _SLOWER * seconds
 
     async def _shared(self) -> int:
         """The policy's version that the engine writes. The wait has a bound; the call is not cancelled: the engine's

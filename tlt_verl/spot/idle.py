@@ -329,6 +329,7 @@ class IdleDetector:
 
     def __init__(self, probes: Sequence[Probe], idle_s: float) -> None:
         self._probes, self._idle_s = tuple(probes), idle_s
+        self._told = {probe for probe in probes if isinstance(probe, KnowsTraining)}  # asking a protocol takes long
         self._idle_since: float | None = None
         self._logged: set[str] = set()
         self.training = False
@@ -372,7 +373,7 @@ class IdleDetector:
         return Decision(False, 0.0, name, reading.cause, reading.reason)
 
     def _read(self, probe: Probe) -> Reading:
-        if isinstance(probe, KnowsTraining):
+        if probe in self._told:
             probe.training = self.training
         try:
             return probe.read()
