@@ -18,6 +18,7 @@ for the replica is this script, which writes the board as a server does. Prints 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -71,7 +72,7 @@ class LocalLinks:
 
     def submit(self, base: int, state: Any, tokens: int, report: Any) -> int:
         """Merge a copy."""
-        return self.coordination.merge(base, state, tokens, report).version
+        return self.coordination.merge(base, copy.deepcopy(state), tokens, report).version
 
     def publish(self, weights: Any, hot: Any, accept_len: float) -> Published:
         """Nobody serves here."""

@@ -213,10 +213,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
     """
     from tlt_verl.drafter import HOT_TOKENS, prepare_drafter
     from tlt_verl.engine import algorithm
+    from tlt_verl.engine.options import EngineOptions
     from tlt_verl.patches import hooks
 
     hooks.assert_applied()
     algorithm.refuse_inexact(server_args)
+    algorithm.refuse_switching(server_args, EngineOptions.from_environment())
     path = prepare_drafter(
         server_args.model_path,
         server_args.speculative_draft_model_path,

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 VOCAB, TOKENS, TIMEOUT_S = 512, 128, 600
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE, "switching at every step": SWITCHING}
 NEAR_TIE = {"float32": 0.0, "float16": 0.02, "bfloat16": 0.15}[ENGINE["dtype"]]
-"""On a GPU the engine computes in 16 bits: a response is compared up to the first two logits that are as close as this."""
+"""On a GPU the engine computes in 16 bits: a response is compared up to where two logits are as close as this."""
 GREEDY = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
 
 

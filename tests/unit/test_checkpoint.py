@@ -356,6 +356,14 @@ def test_a_host_copy_keeps_its_memory_until_a_shape_changes():
     assert copy.take({"a": torch.ones(5)})["a"].tolist() == [1] * 5
 
 
+def test_a_host_copy_takes_into_the_memory_that_was_reserved():
+    copy, source = HostCopy(), {"a": torch.arange(6.0), "b": torch.ones(2, 3)}
+    copy.reserve(source)
+    reserved = {tensor.data_ptr() for tensor in copy._memory.values()}
+    copy.take({"a": source["a"]})  # what is missing once keeps its memory
+    assert {tensor.data_ptr() for tensor in copy.take(source).values()} == reserved
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
 def test_a_host_copy_of_any_dtype_and_shape(dtype, shape):

@@ -16,7 +16,8 @@ from sglang.srt.environ import envs
 from sglang.srt.plugins import load_plugins
 
 from tlt_verl.drafter import DrafterError
-from tlt_verl.engine.algorithm import refuse_inexact
+from tlt_verl.engine.algorithm import refuse_inexact, refuse_switching
+from tlt_verl.engine.options import EngineOptions
 
 TARGET = {
     "architectures": ["LlamaForCausalLM"],
@@ -88,6 +89,28 @@ def test_a_simulated_accept_length_is_refused_with_its_value():
 def test_sglangs_own_interface_asks_before_a_model_is_loaded(option, value, tmp_path):
     with pytest.raises(ValueError, match=f"{option}={value!r} is refused with speculative_algorithm=TLT"):
         engine(folder(tmp_path / "target", TARGET), **{option: value})
+
+
+def test_ranks_that_compute_together_do_not_choose_for_themselves():
+    tuned = EngineOptions(strategy={"arms": ["eagle:3x1@4", "ngram:7x1@8"], "tune": True})
+    together, alone = SimpleNamespace(enable_dp_attention=True), SimpleNamespace(enable_dp_attention=False)
+    with pytest.raises(ValueError) as error:
+        refuse_switching(together, tuned)
+    text = str(error.value)
+    assert "enable_dp_attention=True is refused" in text and "eagle:3x1@4, ngram:7x1@8" in text
+    assert "strategy.tune=false" in text
+    refuse_switching(alone, tuned)
+    refuse_switching(together, EngineOptions(strategy={"arms": ["eagle:3x1@4"], "tune": False}))
+    refuse_switching(together, EngineOptions())
+
+
+def test_sglangs_own_interface_asks_for_the_choice_of_strategies_too(tmp_path, monkeypatch):
+    environment: dict[str, str] = {}
+    EngineOptions(strategy={"arms": ["eagle:3x1@4"], "tune": True}).export(environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="enable_dp_attention=True is refused"):
+        engine(folder(tmp_path / "target", TARGET), enable_dp_attention=True, tp_size=2, dp_size=2)
 
 
 @pytest.mark.parametrize(

@@ -262,3 +262,11 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
 def test_a_setting_out_of_range_is_named(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}: got"):
         TrainerSettings(**{setting: value})
+
+
+def test_the_tensors_to_come_are_those_of_the_first_step():
+    training = trainer()
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in training.tensors_to_come().items()}
+    training.step([segment()])
+    found = {name: (t.shape, t.dtype) for name, t in training.own_tensors().items() if not name.startswith("step.")}
+    assert found == expected

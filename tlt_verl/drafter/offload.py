@@ -24,6 +24,8 @@ class Offload:
 
     def __init__(self, trainer: DrafterTrainer) -> None:
         self._trainer, self._host = trainer, HostCopy()
+        if trainer.device.type != "cpu":
+            self._host.reserve(trainer.tensors_to_come())
         self.is_released = False
         """Whether the device's memory has been given back. The trainer's tensors are then on the host."""
 

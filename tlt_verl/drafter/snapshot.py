@@ -39,8 +39,13 @@ class HostCopy:
         copied = self._copied(state, name, used, devices)
         for device in devices:
             torch.accelerator.synchronize(device)
-        self._memory = used
+        self._memory |= used
         return copied
+
+    def reserve(self, tensors: Mapping[str, torch.Tensor], name: str = "state") -> None:
+        """Allocate now what the first `take` of this mapping would: to page-lock 630 MB took 330 ms beside an H100."""
+        for key, tensor in tensors.items():
+            self._memory[f"{name}[{key!r}]"] = _memory_for(tensor)
 
     def _copied(self, value: Any, place: str, used: dict[str, torch.Tensor], devices: set[torch.device]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -63,13 +68,17 @@ class HostCopy:
     def _copied_tensor(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         memory = self._memory.get(place)
         if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
-            memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            memory = _memory_for(tensor)
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             # One thread: torch's copy waits for all of its threads, and on a machine whose cores are busy with others
             # that took 20 times as long (200 ms instead of 10 for 51 MB).
             np.copyto(_bytes(memory), _bytes(tensor))
             return memory
         return memory.copy_(tensor, non_blocking=True)
+
+
+def _memory_for(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

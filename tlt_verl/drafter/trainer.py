@@ -196,6 +196,14 @@ class DrafterTrainer:
             found |= {f"{key}.{name}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
         return found
 
+    def tensors_to_come(self) -> dict[str, torch.Tensor]:
+        """What `own_tensors` holds after the first step, by tensors of the same shapes and dtypes; scalars left out."""
+        found = self.own_tensors()
+        for name, parameter in self.drafter.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found.setdefault(f"{moment}.{name}", parameter)
+        return found
+
     def step(self, samples: Sequence[Sample], lr_scale: float = 1.0) -> StepReport:
         """One pack, one update.
 

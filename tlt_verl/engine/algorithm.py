@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from tlt_verl.engine.options import EngineOptions
+
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
@@ -65,3 +67,14 @@ def refuse_inexact(server_args: ServerArgs) -> None:
                 f"target's distribution exactly, or it is not supported. Set it to {exact!r}, or use another "
                 "speculative_algorithm."
             )
+
+
+def refuse_switching(server_args: ServerArgs, options: EngineOptions) -> None:
+    """Raise `ValueError` where ranks would compute together and each choose another strategy for its own batch."""
+    if server_args.enable_dp_attention and not options.is_fixed:
+        arms = ", ".join(map(str, options.strategies()))
+        raise ValueError(
+            f"enable_dp_attention=True is refused with a choice of strategies ({arms} and off): each "
+            "rank has a batch of its own and would choose for itself, while all compute together. Set strategy.tune=false, "
+            "which always runs the first of strategy.arms, or enable_dp_attention=False."
+        )

@@ -42,12 +42,11 @@ class NgramDrafter:
         self.epoch = 0
         """Of the requests that begin; the policy's version will do."""
         self._target_worker = target_worker
-        self._launched: tuple[dict[str, int], torch.Tensor, torch.Tensor | None] | None = None
+        self._launched: tuple[list[Req], torch.Tensor, torch.Tensor | None] | None = None
 
     def launched(self, batch: ScheduleBatch, result: Any) -> None:
         """A step was launched; its tokens are read from the device if the next one needs them earlier."""
-        rows = {req.rid: row for row, req in enumerate(batch.reqs)}
-        self._launched = (rows, result.next_token_ids, result.accept_lens)
+        self._launched = (list(batch.reqs), result.next_token_ids, result.accept_lens)
 
     def read(self, reqs: Sequence[Req]) -> None:
         """Take in what these requests have written, after their results were processed."""
@@ -90,7 +89,8 @@ class NgramDrafter:
             if (missing := written - self.corpus.length(req.rid)) > 0:
                 late.append((req.rid, missing))
         if late and self._launched is not None:
-            rows, tokens, lens_launched = self._launched
+            reqs, tokens, lens_launched = self._launched
+            rows = {req.rid: row for row, req in enumerate(reqs)}
             known = tokens.view(len(rows), -1).tolist()
             counts = [1] * len(rows) if lens_launched is None else lens_launched.tolist()
             for rid, missing in late:

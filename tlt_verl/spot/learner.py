@@ -147,9 +147,14 @@ class SpotLearner:
         self._trainer.load_state_dict(state)
         self.hot, self.tokens = hot, 0
 
-    def state(self) -> dict[str, Any]:
-        """Copies of the trainer's state, on the host. Also after `release`."""
-        return HostCopy().take(self._trainer.state_dict(copies=False))
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        """The trainer's state, on the host. Also after `release`.
+
+        Args:
+            copies: False, after `release`, gives the tensors themselves, for one who is done before the next `begin`.
+        """
+        state = self._trainer.state_dict(copies=False)
+        return HostCopy().take(state) if copies else state
 
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The drafter's tensors as they would serve, on the host."""
@@ -160,7 +165,10 @@ class SpotLearner:
         if self._policy is None:
             return False
         self._offload.restore()
-        embed, head = (tensor.to(self.device) for tensor in self._policy)
+        embed, head = self._policy
+        tied = embed.data_ptr() == head.data_ptr()
+        embed = embed.to(self.device)
+        head = embed if tied else head.to(self.device)
         self._trainer.follow(SharedTensors(embed, head, self.hot))
         return True
 

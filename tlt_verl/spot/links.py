@@ -78,7 +78,11 @@ class Links(Protocol):
         """Propose a hot vocabulary; the one that was chosen first, by whomever."""
 
     def submit(self, base: int, state: Mapping[str, Any], tokens: int, report: Mapping[str, float]) -> int:
-        """Give a trained copy to the average; the master's version with it."""
+        """Give a trained copy to the average; the master's version with it.
+
+        Args:
+            state: the trainer's own tensors, which go on changing when this has returned.
+        """
 
     def publish(self, weights: Mapping[str, torch.Tensor], hot: torch.Tensor | None, accept_len: float) -> Published:
         """Let a drafter that passed the gate serve, on every replica."""

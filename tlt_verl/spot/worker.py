@@ -35,6 +35,7 @@ from tlt_verl.spot.window import Window
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05  # while the device is another's: each look costs it 0.3 ms
+_SLOWER = 4  # while verl's phase is not the rollout's
 _WAIT_S = 0.001
 _RETRY_S = 5.0
 _AGAIN_S = 0.25
@@ -104,7 +105,7 @@ class SpotWorker:
         self._enter(SpotState.BUSY)
         while not stopped() and self.board.phase != Phase.STOPPED:
             self.tick()
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S if self.board.phase == Phase.GENERATE else _SLOWER * _POLL_S)
         self._background.shutdown(wait=True, cancel_futures=True)
 
     def tick(self) -> None:
@@ -341,7 +342,7 @@ class SpotWorker:
             learner.tokens = 0  # of a copy that is of no use
         if not learner.tokens:
             return
-        state, tokens, base = learner.state(), learner.tokens, self._master
+        state, tokens, base = learner.state(copies=False), learner.tokens, self._master  # no window before that is done
         last = learner.reports[-1]
         report = {"loss": last.loss, "ce": last.ce, "accept": last.accept}
         learner.tokens = 0
