@@ -67,6 +67,7 @@ fi
 export VERL_PLATFORM=cpu OMP_NUM_THREADS="$threads" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_WAIT_POLICY=PASSIVE             # waiting threads give their core to the other processes of the run
 export TORCHDYNAMO_DISABLE=1               # nothing is compiled on this device; saves 10 s of the first step
+export RAY_worker_niceness="${RAY_worker_niceness:-0}" # Ray's 15 weighs hardly more than what takes idle time only
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 RAY_AUTH_MODE=disabled RAY_DEDUP_LOGS=0 RAY_TMPDIR="${RAY_TMPDIR:-/tmp}"
 say "run $name: $steps steps, rollout $rollout, $replicas replica(s), $threads thread(s) each; log in runs/$name/train.log"
 if ! $python -m verl.trainer.main_ppo --config-path "$PWD/configs" --config-name smollm2_cpu "${overrides[@]}" "$@" 2>&1 |
