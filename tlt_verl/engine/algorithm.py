@@ -74,7 +74,7 @@ def refuse_switching(server_args: ServerArgs, options: EngineOptions) -> None:
     if server_args.enable_dp_attention and not options.is_fixed:
         arms = ", ".join(map(str, options.strategies()))
         raise ValueError(
-            f"enable_dp_attention=True is refused with a choice of strategies ({arms} and off): each "
-            "rank has a batch of its own and would choose for itself, while all compute together. Set strategy.tune=false, "
-            "which always runs the first of strategy.arms, or enable_dp_attention=False."
+            f"enable_dp_attention=True is refused with a choice of strategies ({arms} and off): each rank has a "
+            "batch of its own and would choose for itself, while all compute together. Set strategy.tune=false, which "
+            "always runs the first of strategy.arms, or enable_dp_attention=False."
         )
