@@ -28,6 +28,12 @@ _GREEDY_ON_CPU = (
 )
 _OUR_ATTENTION = "attention_backend=tlt_cpu: stock SGLang has no tree verify on a CPU without a native sgl_kernel"
 
+_ON_CPU = {
+    "device": "cpu",
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,  # the engine whose turn it is not must not spin on the other's core
+}
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -61,13 +67,6 @@ def make_contenders(options: argparse.Namespace, drafter: Path, max_running: int
     makers = {BASELINE: _baseline, "eagle": _eagle, "ngram": _ngram, "tlt": _tlt, OFF: _off}
     common = _engine(options, max_running)
     return [makers[name](options, drafter, common) for name in options.contenders]
-
-
-_ON_CPU = {
-    "device": "cpu",
-    "disable_overlap_schedule": True,
-    "sleep_on_idle": True,  # the engine whose turn it is not must not spin on the other's core
-}
 
 
 def _engine(options: argparse.Namespace, max_running: int) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def _environment(options: argparse.Namespace, **more: str) -> dict[str, str]:
 def _baseline(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
     # SGLANG_PLUGINS is a list of the plugins that are loaded: of this name there is none
     environment = _environment(options, SGLANG_PLUGINS="none")
-    engine = {**common, **_attention(options, "torch_native")}
+    engine = {**_attention(options, "torch_native"), **common}
     about = f"stock SGLang without speculation, no plugin, {engine.get('attention_backend', 'its own attention')}"
     return Contender(BASELINE, about, engine, environment)
 
@@ -118,8 +117,8 @@ def _eagle(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -
     strategy: Strategy = options.eagle
     hot = drafter / HOT_TOKENS
     engine = {
-        **common,
         **_attention(options, "tlt_cpu"),
+        **common,
         "speculative_algorithm": "EAGLE",
         "speculative_draft_model_path": str(drafter),
         "speculative_num_steps": strategy.num_steps,
@@ -133,8 +132,8 @@ def _eagle(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -
 
 def _ngram(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:
     engine = {
-        **common,
         **_attention(options, "tlt_cpu"),
+        **common,
         "speculative_algorithm": "NGRAM",
         "speculative_num_draft_tokens": options.ngram_tokens,
     }

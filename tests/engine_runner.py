@@ -41,7 +41,13 @@ CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_n
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6}
 SWITCHING = ("eagle:3x1@4", "eagle:3x2@6", "eagle:2x3@7", "ngram:3x1@4", "ngram:4x2@8", "off")
 """Another strategy at random at every step: chains and trees of different width, both drafters, and none."""
+_SIXTEEN_BITS = {"float16": 0.02, "bfloat16": 0.15}
 _COUNTERS = ("cached_tokens", "completion_tokens", "spec_verify_ct", "spec_num_correct_drafts")
+
+
+def rounding(in_float32: float) -> float:
+    """What logits and hidden states may be off by: more where the engines compute in 16 bits, as they do on a GPU."""
+    return {"float32": in_float32, **_SIXTEEN_BITS}[ENGINE["dtype"]]
 
 
 def speculative(algorithm: str, shape: dict[str, int] | Sequence[str], drafter: Path) -> dict[str, Any]:

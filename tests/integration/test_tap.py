@@ -17,7 +17,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from engine_runner import CHAIN, ENGINE, TREE, job, run_engine, speculative
+from engine_runner import CHAIN, TREE, job, rounding, run_engine, speculative
 from fitted_drafter import fit_drafter
 from test_greedy_lossless import VOCAB, make_target
 
@@ -26,7 +26,6 @@ from tlt_verl.segments import find_rings
 
 pytestmark = pytest.mark.slow
 
-ROUNDING = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}[ENGINE["dtype"]]
 CHUNK, TIMEOUT_S = 24, 600
 ABORTS_S = (0.05, 0.12, 0.2, 0.3)  # some requests are running then, others wait after a retraction
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -160,7 +159,7 @@ def test_hidden_states_are_the_targets(recorded, target):
         for segment in segments:
             rows = wanted[segment["start"] : segment["start"] + len(segment["tokens"])]
             # a bfloat16 has 8 bits: rounding a float32 is off by 2**-9 of it at most
-            torch.testing.assert_close(segment["hidden"].float(), rows, rtol=2**-8, atol=ROUNDING)
+            torch.testing.assert_close(segment["hidden"].float(), rows, rtol=2**-8, atol=rounding(1e-4))
             worst = max(worst, float((segment["hidden"].float() - rows).abs().max()))
     print(f"largest difference of a hidden state, recorded in bfloat16: {worst:.1e}")
 

@@ -132,6 +132,7 @@ def test_a_second_warmup_goes_on_where_the_first_ended(folder, first):
         (["--held-out", "30"], ["--held-out: got 30", "at most half of the 40"]),
         (["--max-new-tokens", "100000"], ["--max-new-tokens: got 100000", "context is 1024"]),
         (["--prompts", "nowhere.parquet"], ["--prompts: got 'nowhere.parquet'", "a file that exists"]),
+        (["--engine", "triton"], ["--engine", "got 'triton'", "NAME=VALUE"]),
         (["--target", "nowhere"], ["--target: got 'nowhere'", "not a folder"]),
     ],
 )

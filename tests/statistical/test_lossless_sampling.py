@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from chi_square import ALPHA, chi_square
-from engine_runner import CHAIN, ENGINE, SWITCHING, TREE, job, run_engine, speculative
+from engine_runner import CHAIN, SWITCHING, TREE, job, rounding, run_engine, speculative
 from exact import ExactTarget, sequence_logprobs
 from fitted_drafter import fit_drafter
 from negative_control import write_plugin
@@ -36,7 +36,6 @@ PROMPT = [1, 5, 7, 2, 9, 3]
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE, "switching at every step": SWITCHING}
 TIMEOUT_S = 600
 HOT = [1, 2, 4, 7, 8, 10]
-ROUNDING = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}[ENGINE["dtype"]]
 SAMPLES, CALLS = 20000, 10
 FEWER, FEWER_CALLS = 4096, 4  # where 20,000 are not asked for
 
@@ -202,7 +201,7 @@ def test_logprobs_are_the_targets_at_the_sampling_temperature(tlt, model, name):
     for output, logprobs in zip(outputs, found, strict=True):
         wanted = sequence_logprobs(model, PROMPT, output, params)
         assert len(logprobs) == 12
-        torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, rtol=0, atol=rounding(1e-4))
 
 
 @pytest.fixture(scope="module", params=SHAPES)

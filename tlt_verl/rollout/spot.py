@@ -27,6 +27,7 @@ from tlt_verl.config import TLTConfig
 from tlt_verl.drafter.checkpoint import load_checkpoint
 from tlt_verl.spot.coordinator import create
 from tlt_verl.spot.learner import LearnerSettings
+from tlt_verl.spot.process import between_looks
 from tlt_verl.spot.service import ServiceOptions, SpotService, replica_state, say
 from tlt_verl.spot.subscriber import Receive, Subscriber
 from tlt_verl.spot.worker import WorkerSettings
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 _BEAT_S = 0.5
 _LOOK_S = 0.05
 _REPORT_S = 2.0
-_SLOWER = 4  # while verl's phase is not the rollout's: every look takes time from whoever computes then
 _ANSWER_S = 10.0
 _RESTART_S = 5.0
 _START_S = 120.0  # an actor's process imports torch, on cores that others want
@@ -190,7 +190,7 @@ class SpotHost:
             raise
         self.board.allowed = 1
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drafters.has_news.wait(), self._every(_BEAT_S))
+            await asyncio.wait_for(self._drafters.has_news.wait(), between_looks(self.board, _BEAT_S))
 
     async def _look_after_worker(self) -> None:
         """See to it that there is a worker, once there is a coordinator."""
@@ -223,10 +223,7 @@ class SpotHost:
             is_whole = self.board.phase == Phase.GENERATE  # while weights come in, they are of two versions
             self.board.share_version = await self._shared() if is_whole else -1
             self.board.share_given = wanted
-        await asyncio.sleep(self._every(_LOOK_S))
-
-    def _every(self, seconds: float) -> float:
-        return seconds if self.board.phase == Phase.GENERATE else _SLOWER * seconds
+        await asyncio.sleep(between_looks(self.board, _LOOK_S))
 
     async def _shared(self) -> int:
         """The policy's version that the engine writes. The wait has a bound; the call is not cancelled: the engine's

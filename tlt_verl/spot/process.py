@@ -1,4 +1,4 @@
-"""What processes of spot training have in common: their priority, and what they say of themselves when they are up."""
+"""What processes of spot training have in common: priority, pace, and what they say of themselves when they are up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 
 import psutil
 
+from tlt_verl.board import Board, Phase
+
+_SLOWER = 4
 UPSTREAM = ("verl", "sglang")
 """What no process of spot training imports: 600 MB and 20 s, and nothing of it is used there."""
 
@@ -21,6 +24,11 @@ def started(who: str) -> str:
     """A line for the run's log."""
     rss = psutil.Process().memory_info().rss
     return f"tlt: the {who} is up with {rss / 1e6:.0f} MB, imported of upstream: {', '.join(upstream()) or 'nothing'}"
+
+
+def between_looks(board: Board, seconds: float) -> float:
+    """How long to wait until the next look: longer while the phase is not the rollout's, for it costs who computes."""
+    return seconds if board.phase == Phase.GENERATE else _SLOWER * seconds
 
 
 def yield_to_all() -> None:

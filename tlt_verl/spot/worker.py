@@ -29,13 +29,13 @@ from tlt_verl.spot.gate import Verdict
 from tlt_verl.spot.idle import IdleDetector
 from tlt_verl.spot.learner import SpotLearner
 from tlt_verl.spot.links import CopyRefused, LinkError, Links, Master, Policy
+from tlt_verl.spot.process import between_looks
 from tlt_verl.spot.rings import Rings
 from tlt_verl.spot.window import Window
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05  # while the device is another's: each look costs it 0.3 ms
-_SLOWER = 4  # while verl's phase is not the rollout's
 _WAIT_S = 0.001
 _RETRY_S = 5.0
 _AGAIN_S = 0.25
@@ -105,7 +105,7 @@ class SpotWorker:
         self._enter(SpotState.BUSY)
         while not stopped() and self.board.phase != Phase.STOPPED:
             self.tick()
-            time.sleep(_POLL_S if self.board.phase == Phase.GENERATE else _SLOWER * _POLL_S)
+            time.sleep(between_looks(self.board, _POLL_S))
         self._background.shutdown(wait=True, cancel_futures=True)
 
     def tick(self) -> None:
