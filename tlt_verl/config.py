@@ -139,7 +139,7 @@ class SpotConfig:
     """How the drafter is trained on devices that stand idle."""
 
     enable: bool = field(
-        default=False,
+        default=True,
         metadata=_about("Train the drafter while a replica's device is idle. Turns the tap on.", "true or false"),
     )
     idle_ms: float = field(

@@ -96,11 +96,16 @@ def test_the_drafter_trains_on_the_rollouts_device_while_the_policy_updates(task
 
 
 def test_a_response_that_waits_for_the_policy_does_not_look_like_generation(task):
-    """`colocate_async`: unfinished responses are aborted, sent again while the policy updates, and wait for its end."""
+    """`colocate_async`: unfinished responses are aborted, sent again while the policy updates, and wait for its end.
+
+    Two run at a time and 24 are sent: verl, which looks every two seconds whether eight have ended, finds some that
+    have not.
+    """
     count = 3
+    queue = ("trainer.v1.colocate_async.num_warmup_batches=2", "actor_rollout_ref.rollout.max_num_seqs=2")
     long = ("data.max_response_length=900", "actor_rollout_ref.rollout.n=2", "actor_rollout_ref.actor.ppo_epochs=6")
     mode = "trainer.v1.trainer_mode=colocate_async"
-    steps, output = run(task, *TRAINED, *long, mode, f"trainer.total_training_steps={count}")
+    steps, output = run(task, *TRAINED, *long, *queue, mode, f"trainer.total_training_steps={count}")
     assert len(steps) == count
     assert sum(step["tlt/spot/failures"] for step in steps) == 0
     assert len(fingerprints(output)) == count + 1
