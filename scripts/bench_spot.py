@@ -4,7 +4,8 @@
 
 Both runs of a pair are `scripts/quickstart.sh` with the same drafter, which does not change: it learns at a rate of
 1e-12, so it is trained, judged and published like any other and stays what it was. The policy does not change either
-and every token is the likeliest, so that both runs of a pair generate, score and learn the same. The first step of a
+and every token is the likeliest, so that both runs of a pair generate, score and learn the same. verl looks ten times
+a second whether a batch is complete (`replay_often.py`), else time comes in pieces of two seconds. The first step of a
 run includes its start and is left out. Runs take turns, the order changes from pair to pair; the figure is the median
 of the ratios of all pairs of equal steps. Writes JSON beside the runs' logs.
 """
@@ -24,7 +25,11 @@ from tlt_verl.report.console import is_training_step, parse_step
 
 ROOT = Path(__file__).resolve().parent.parent
 TLT = "+actor_rollout_ref.rollout.custom.tlt."
-SAME = ["actor_rollout_ref.actor.optim.lr=0", "actor_rollout_ref.rollout.top_k=1", "data.seed=1"]
+SAMPLER = "trainer.v1.sampler.custom_sampler"
+SAME = [
+    *("actor_rollout_ref.actor.optim.lr=0", "actor_rollout_ref.rollout.top_k=1", "data.seed=1"),
+    *(f"{SAMPLER}.path=scripts/replay_often.py", f"{SAMPLER}.name=OftenReplayBuffer"),
+]
 ON = [f"{TLT}spot.enable=true", f"{TLT}spot.lr=1e-12"]
 OFF = [f"{TLT}spot.enable=false"]
 MEMORY_STAYS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
