@@ -9,7 +9,8 @@
 #   --repeats K     pairs of runs, with seeds 1 to K (default 1); the order within a pair alternates
 #   --tlt OVERRIDE  a hydra override of the tlt runs alone, e.g. --tlt 'actor_rollout_ref.rollout.custom.tlt.strategy.arms=[eagle:7x1@8]'
 #
-# Hydra overrides at the end are of all runs. Seeds fix the data's order, the policy's random state and the engine's; what is sampled
+# Hydra overrides at the end are of all runs. In all of them verl looks ten times a second whether a batch is complete, not every two
+# seconds (replay_often.py). Seeds fix the data's order, the policy's random state and the engine's; what is sampled
 # still differs, as the two backends draw in another order: the rewards agree as curves, not step by step. Writes
 # runs/e2e-<time>/report.html and report.md; each run's log is in runs/e2e-<time>-<rollout>-<seed>/train.log.
 set -euo pipefail
@@ -22,7 +23,7 @@ while [ $# -gt 0 ]; do
     --replicas) replicas=${2:?--replicas takes a number}; shift 2 ;;
     --repeats) repeats=${2:?--repeats takes a number}; shift 2 ;;
     --tlt) ours+=("${2:?--tlt takes a hydra override}"); shift 2 ;;
-    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     --*) echo "bench_e2e: unknown option $1; takes --steps, --replicas, --repeats, --tlt and hydra overrides (key=value)" >&2; exit 2 ;;
     *) break ;;
   esac
@@ -42,7 +43,8 @@ run() { # rollout, seed, quickstart's options, --, hydra overrides
   name="$bench-$rollout-$seed"
   scripts/quickstart.sh --rollout "$rollout" --steps "$steps" --replicas "$replicas" "${options[@]}" \
     trainer.experiment_name="$name" data.seed="$seed" actor_rollout_ref.actor.megatron.seed="$seed" \
-    +actor_rollout_ref.rollout.engine_kwargs.sglang.random_seed="$seed" "$@"
+    +actor_rollout_ref.rollout.engine_kwargs.sglang.random_seed="$seed" \
+    trainer.v1.sampler.custom_sampler.path=scripts/replay_often.py trainer.v1.sampler.custom_sampler.name=OftenReplayBuffer "$@"
   runs+=("$rollout${repeats_suffix:+-$seed}=runs/$name")
 }
 
@@ -50,7 +52,7 @@ repeats_suffix=
 [ "$repeats" -gt 1 ] && repeats_suffix=1
 baseline() { run sglang "$1" -- "${@:2}"; }
 speculative() { # an empty ${ours[@]} is nothing
-  run tlt "$1" --warmup 0 -- +actor_rollout_ref.rollout.custom.tlt.spot.enable=true "${ours[@]}" "${@:2}"
+  run tlt "$1" --warmup 0 -- "${ours[@]}" "${@:2}"
 }
 
 for seed in $(seq "$repeats"); do
