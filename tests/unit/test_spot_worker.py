@@ -59,6 +59,20 @@ class Written:
         return Reading(idle, "as written", "" if idle else "written")
 
 
+class Meanwhile:
+    """A probe during whose reading a request comes, once the worker trains: those before it have been read."""
+
+    name = "meanwhile"
+
+    def __init__(self) -> None:
+        self.stage: Stage | None = None
+
+    def read(self) -> Reading:
+        if self.stage is not None and self.stage.board.state == SpotState.TRAINING and not self.stage.board.requests:
+            self.stage.request()
+        return Reading(True, "not looked at", "")
+
+
 @cache
 def start() -> Checkpoint:
     return Checkpoint(Path("start"), CONFIG, weights(), None, None, 0)
@@ -253,6 +267,16 @@ def test_what_was_learnt_is_handed_in_and_the_next_window_goes_on_from_it(stage)
     assert stage.links.names().count("policy") == 1, "the policy has not changed"
     assert stage.worker.failures == {} and stage.board.master_version in (2, 3)
     assert stage.board.loss_micro > 0 and stage.board.trained_ns > 0
+
+
+def test_a_step_that_began_when_a_request_had_come_is_not_trained_time(tmp_path):
+    """On cores that others want such a step takes seconds, none of which the device was idle."""
+    meanwhile = Meanwhile()
+    stage = Stage(tmp_path, meanwhile)
+    meanwhile.stage = stage
+    assert stage.tick(5) == 1 and stage.board.yields == 1
+    assert stage.board.trained_ns == 0 and stage.board.trained_tokens > 0
+    stage.writer.close()
 
 
 def test_a_long_window_ends_by_itself_and_another_begins(tmp_path):

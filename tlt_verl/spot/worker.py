@@ -251,9 +251,9 @@ class SpotWorker:
             if report is None:
                 self._retry_at = time.monotonic() + _AGAIN_S
                 return
-            self._since_gate_s += report.seconds
-            board = self.board
-            board.trained_ns += self._idle_ns(begun)
+            board, idle_ns = self.board, self._idle_ns(begun)
+            self._since_gate_s += idle_ns / 1e9
+            board.trained_ns += idle_ns
             board.trained_tokens += report.tokens
             board.trained_steps += 1
 
@@ -285,9 +285,11 @@ class SpotWorker:
         self.board.judged_ns += self._idle_ns(begun)
 
     def _idle_ns(self, begun: int) -> int:
-        """Time since `begun` in which nobody had asked for the device."""
+        """Time since `begun` in which nobody had asked for the device: not since the last look at the probes either."""
         ended, needed = now_ns(), self.board.needed_ns
-        return (needed if begun < needed < ended else ended) - begun
+        if needed > self.board.worker_beat_ns:
+            ended = min(ended, needed)
+        return max(0, ended - begun)
 
     def _judged(self, verdict: Verdict) -> None:
         self._judging, self._since_gate_s = None, 0.0
