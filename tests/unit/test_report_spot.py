@@ -21,12 +21,15 @@ def metric_line(step: int, accept_len: float, more: str = "") -> str:
 
 
 def events(lane: str, step: int, trained_s: float) -> list[str]:
-    """Ten seconds of one lane: 6 s of generating, then 4 s idle, of which it trains `trained_s` and yields 0.25 s."""
+    """Ten seconds of one lane: 6 s of generating, then 4 s idle, of which it trains `trained_s` and yields 0.25 s.
+
+    As in a run, they carry the step of the weights with which it generates.
+    """
     start_s = 1000 + 10 * step
     states = [(0, "generating"), (6, "idle")]
     if trained_s:
         states = [(0, "generating"), (6, "training"), (6 + trained_s, "yielding"), (6.25 + trained_s, "idle")]
-    records = [{"t": start_s + at_s, "lane": lane, "state": state, "step": step} for at_s, state in states]
+    records = [{"t": start_s + at_s, "lane": lane, "state": state, "step": step - 1} for at_s, state in states]
     return [f"(TLTHttpServer pid=1) tlt-event {json.dumps(record)}\n" for record in records]
 
 

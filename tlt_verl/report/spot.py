@@ -1,8 +1,9 @@
 """What spot training brought: a run whose drafter trains beside the same run with the drafter frozen, step by step.
 
 Idle time is a replica's `tlt-event` states idle, training and yielding together, trained time the state training, and
-harvest trained over idle; accept length and the drafter's figures are verl's metrics of the step. Knows the log's
-format and nothing else of ours, nor how a plot is drawn.
+harvest trained over idle; accept length and the drafter's figures are verl's metrics of the step. A replica's events
+carry the step after which its weights came, which is one less than that in which it generates with them: here all is
+under verl's step. Knows the log's format and nothing else of ours, nor how a plot is drawn.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def compare(trained: Run, frozen: Run) -> list[StepFigures]:
             step=step,
             accept_trained=accept_len(trained.steps.get(step, {})),
             accept_frozen=accept_len(frozen.steps.get(step, {})),
-            replicas=_replica_seconds(timeline, step),
+            replicas=_replica_seconds(timeline, step - 1),
             metrics=trained.steps.get(step, {}),
         )
         for step in sorted(trained.steps.keys() | frozen.steps.keys())

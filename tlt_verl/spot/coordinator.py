@@ -29,7 +29,7 @@ from tlt_verl.drafter import DrafterError, is_untrained
 from tlt_verl.drafter.checkpoint import latest, load_checkpoint, weights_problem
 from tlt_verl.drafter.eagle import tensor_shapes
 from tlt_verl.spot.coordination import Coordination, SubmissionRefused
-from tlt_verl.spot.disk import Disk, write_once
+from tlt_verl.spot.disk import Disk, Rest, write_once
 from tlt_verl.spot.process import started, yield_to_all
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ Weights = Mapping[str, torch.Tensor]
 _TELL_S = 5.0  # after which a disk that has not taken a few numbers has failed
 _SILENT_S = 10.0  # after which a server that asks no more is forgotten
 _POLL_S = 0.02
-_REST = 20  # times what a checkpoint took, until the next one: writing them takes a twentieth of a core
-_MOST_REST_S = 60.0
 _THREADS = 8  # some may hang on a slow disk
 
 
@@ -121,7 +119,7 @@ class SpotCoordinator:
         self._state, self._publishing, self._storing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_saving = self._has_changed = False
-        self._rest_s = 0.0
+        self._rest = Rest()
         self._coordination = self._restored() or Coordination(load_checkpoint(start), serves=not is_untrained(start))
         told = self._disk.told()
         if told or ray.get_runtime_context().was_current_actor_reconstructed:
@@ -365,16 +363,15 @@ class SpotCoordinator:
     async def _keep(self) -> None:
         try:
             while self._has_changed:
-                await asyncio.sleep(self._rest_s)
+                await asyncio.sleep(self._rest.seconds())
                 self._has_changed = False
                 async with self._state:
                     saved = self._coordination.checkpoint()
-                begun = time.monotonic()
-                try:
-                    await self._in_thread(self._disk.keep, saved)
-                except Exception as error:  # of the disk, in any of torch's and safetensors' types: training goes on
-                    self._failed_to_keep(error)
-                self._rest_s = min(_REST * (time.monotonic() - begun), _MOST_REST_S)
+                with self._rest.after():
+                    try:
+                        await self._in_thread(self._disk.keep, saved)
+                    except Exception as error:  # the disk's, in any of torch's and safetensors' types: training goes on
+                        self._failed_to_keep(error)
         finally:
             self._is_saving = False
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tlt_verl.drafter.checkpoint import Checkpoint, CheckpointWriter, latest, load_checkpoint
@@ -13,6 +15,33 @@ from tlt_verl.drafter.versions import newest_version
 from tlt_verl.spot.coordination import Saved
 
 _DISK_S = 300.0  # after which a disk that has not taken a checkpoint has failed
+_REST = 20  # times what a checkpoint took, until the next one: writing them takes a twentieth of a core
+_MOST_REST_S = 60.0
+
+
+class Rest:
+    """How long the next checkpoint waits, counted from the end of the last one.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._until = clock, -float("inf")
+
+    def seconds(self) -> float:
+        """What is left of it; 0 where the last checkpoint is long past."""
+        return max(0.0, self._until - self._clock())
+
+    @contextlib.contextmanager
+    def after(self) -> Iterator[None]:
+        """Around the writing of one."""
+        begun = self._clock()
+        try:
+            yield
+        finally:
+            ended = self._clock()
+            self._until = ended + min(_REST * (ended - begun), _MOST_REST_S)
 
 
 class Disk:
