@@ -83,6 +83,18 @@ def test_a_quiet_run_is_said_to_be_alive_and_no_more_often_than_that():
     assert [text.split(",")[0].strip() for text in shown] == ["... starting", "... starting"]
 
 
+def test_a_stage_is_never_followed_by_an_earlier_one():
+    """Ray prints the lines of two processes in any order."""
+    now = [0.0]
+    shown: list[str] = []
+    watcher = Watcher(io.StringIO(), shown.append, clock=lambda: now[0])
+    watcher.line("Training Progress:   0%|          | 0/4\n")
+    watcher.line("(TLTHttpServer pid=1) server: rollout_mode=hybrid\n")
+    now[0] = 30.0
+    watcher.heartbeat()
+    assert shown == ["  training, 0 s", "  ... training, 30 s"]
+
+
 def test_a_validation_before_training_is_no_step():
     shown: list[str] = []
     watcher = Watcher(io.StringIO(), shown.append)

@@ -26,7 +26,7 @@ from tlt_verl.report.console import (
     validation_reward,
 )
 
-# What the run is doing, by a text that its output then contains.
+# What the run is doing, by a text that its output then contains, in the order in which it comes about.
 _STAGES = (
     ("Started a local Ray instance", "Ray is up; starting the trainer"),
     ("server: rollout_mode=", "starting the rollout engine"),
@@ -50,8 +50,7 @@ class Watcher:
         self.steps: list[tuple[int, dict[str, float]]] = []
         self._log, self._show, self._clock = log, show, clock
         self._start = self._shown = clock()
-        self._stage = "starting"
-        self._passed = {self._stage}
+        self._stage, self._stages_passed = "starting", 0
 
     def line(self, line: str) -> None:
         """Take the next line of the run's output."""
@@ -61,9 +60,9 @@ class Watcher:
             self._step(*step)
             return
         text = plain(line)
-        for mark, stage in _STAGES:
+        for number, (mark, stage) in enumerate(_STAGES, 1):
             if mark in text:
-                self._enter(stage, text)
+                self._enter(number, stage, text)
 
     def heartbeat(self) -> None:
         """Say that the run is alive, if nothing has been shown for a while."""
@@ -86,13 +85,12 @@ class Watcher:
             self.steps.append((number, metrics))
             self._say(step_row(number, metrics))
 
-    def _enter(self, stage: str, text: str) -> None:
-        """A stage is said once; a line that is a message itself is shown as it is."""
+    def _enter(self, number: int, stage: str, text: str) -> None:
+        """A stage is said once, and none after a later one; a line that is a message itself is shown as it is."""
         if not stage:
             self._say(text)
-        elif stage not in self._passed:
-            self._stage = stage
-            self._passed.add(stage)
+        elif number > self._stages_passed:
+            self._stage, self._stages_passed = stage, number
             self._say(f"  {stage}, {self._clock() - self._start:.0f} s")
 
     def _say(self, text: str) -> None:
