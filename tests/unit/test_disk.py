@@ -1,5 +1,7 @@
 """The coordinator's disk: how long a checkpoint waits. What is on it, `test_coordinator` looks at."""
 
+import pytest
+
 from tlt_verl.spot.disk import Rest
 
 
@@ -26,10 +28,7 @@ def test_a_checkpoint_waits_from_the_last_ones_end_and_not_longer():
 def test_a_slow_disk_is_waited_for_a_minute_at_most():
     clock = Clock()
     rest = Rest(clock)
-    try:
-        with rest.after():
-            clock.now += 30
-            raise OSError
-    except OSError:
-        pass
+    with pytest.raises(OSError, match="full"), rest.after():
+        clock.now += 30
+        raise OSError("full")
     assert rest.seconds() == 60

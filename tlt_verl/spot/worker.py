@@ -285,7 +285,7 @@ class SpotWorker:
         self.board.judged_ns += self._idle_ns(begun)
 
     def _idle_ns(self, begun: int) -> int:
-        """Time since `begun` in which nobody had asked for the device: not since the last look at the probes either."""
+        """Time since `begun` until the device was asked for. None where that was before, after the last look."""
         ended, needed = now_ns(), self.board.needed_ns
         if needed > self.board.worker_beat_ns:
             ended = min(ended, needed)
