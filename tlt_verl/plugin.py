@@ -181,15 +181,17 @@ def sglang_plugin() -> None:
 
 
 def _install_sglang_on_cpu() -> None:
+    from tlt_verl.cpu.draft_chain import draft_forward
     from tlt_verl.cpu.sglang_attention import (
         NAME,
         CpuAttentionBackend,
         CpuMultiStepDraftBackend,
         choose_cpu_attention,
     )
-    from tlt_verl.patches import sglang_cpu_attention, sglang_share_cpu_tensors
+    from tlt_verl.patches import sglang_cpu_attention, sglang_cpu_draft, sglang_share_cpu_tensors
 
     _install(sglang_cpu_attention.SEAM, NAME, CpuAttentionBackend, CpuMultiStepDraftBackend, choose_cpu_attention)
+    _install(sglang_cpu_draft.SEAM, draft_forward)
     _install(sglang_share_cpu_tensors.SEAM)
 
 

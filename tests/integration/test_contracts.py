@@ -74,11 +74,11 @@ def test_seams_fit_as_well_after_they_are_installed():
 
 def test_a_seam_is_for_the_cpu_alone_exactly_when_the_cpu_device_installs_it():
     """A seam that every machine needs must not be waved through on a GPU, nor one for CPUs be asked of it."""
-    from tlt_verl.patches import megatron_host_device, sglang_cpu_attention, sglang_share_cpu_tensors
+    from tlt_verl.patches import megatron_host_device, sglang_cpu_attention, sglang_cpu_draft, sglang_share_cpu_tensors
 
     from tlt_verl.cpu import install
 
-    direct = (megatron_host_device, sglang_cpu_attention, sglang_share_cpu_tensors)
+    direct = (megatron_host_device, sglang_cpu_attention, sglang_cpu_draft, sglang_share_cpu_tensors)
     expected = {seam.name for _, seam, _ in install._AFTER} | {patch.SEAM.name for patch in direct}
     assert {seam.name for seam in all_seams() if seam.cpu_only} == expected
     assert {seam.name for seam in required_seams(on_cpu=False)} == {seam.name for seam in all_seams()} - expected

@@ -13,7 +13,9 @@ heads, K key/value heads, G = H / K query heads that share one, D head size.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +190,8 @@ class CpuAttentionBackend(AttentionBackend):
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.max_context_len = runner.model_config.context_len
         self.blocks: list[Block] = []
+        self.plan: Callable[[], list[Block]] | None = None
+        """Makes the blocks of this pass when they are first asked for; None where they are there."""
 
     def support_triton(self) -> bool:
         """No Triton on this device."""
@@ -244,6 +248,8 @@ class CpuAttentionBackend(AttentionBackend):
         values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = query.new_empty(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        if self.plan is not None:
+            self.blocks, self.plan = self.plan(), None
         for block in self.blocks:
             result = attend(_take(query, block), keys, values, block, layer.scaling)
             if block.real is None:
@@ -285,14 +291,19 @@ class CpuMultiStepDraftBackend:
         self.attn_backends = [CpuAttentionBackend(runner) for _ in range(num_steps - 1)]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Plan every step; `seq_lens` does not advance between them."""
-        pool = self.attn_backends[0].req_to_token_pool.req_to_token
-        rows = pool[forward_batch.req_pool_indices.long()]
-        lengths = forward_batch.seq_lens.long()
-        table = branch_table(rows, lengths, self.topk, self.num_steps)
-        expanded = lengths.repeat_interleave(self.topk)
+        """Plan every step, when it is taken; `seq_lens` does not advance between them."""
+        indices, lengths = forward_batch.req_pool_indices.long(), forward_batch.seq_lens.long()
+
+        @functools.cache
+        def table() -> torch.Tensor:
+            rows = self.attn_backends[0].req_to_token_pool.req_to_token[indices]
+            return branch_table(rows, lengths, self.topk, self.num_steps)
+
+        def plan(step: int) -> list[Block]:
+            return [uniform_block(table(), lengths.repeat_interleave(self.topk) + step + 1, 1)]
+
         for step, backend in enumerate(self.attn_backends):
-            backend.blocks = [uniform_block(table, expanded + step + 1, 1)]
+            backend.plan = functools.partial(plan, step)
 
 
 def branch_table(rows: torch.Tensor, lengths: torch.Tensor, topk: int, num_steps: int) -> torch.Tensor:

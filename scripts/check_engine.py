@@ -1,0 +1,401 @@
+"""What an engine with the algorithm TLT costs on a GPU, strategy by strategy, beside stock: graphs, steps, waits.
+
+    scripts/check_engine.py --model models/smollm2-135m-reasoner --drafter drafters/arithmetic/latest
+    scripts/check_engine.py --model DIR --tokenizer DIR --untrained --engine load_format=dummy    # sizes alone
+
+Stock SGLang, its EAGLE and TLT are alive at the same time, on one device and on the same prompts.
+
+Graphs.  What the worker captured, held against the plan (`tlt_verl.engine.graph_plan`): how many, for how long, and the
+         device memory of each set: what torch reserved for it, and what the driver took beside that.
+Steps.   One strategy at every step of TLT (`engine_recorder`), B requests that all produce `--tokens` tokens behind
+         the same prompts. The time of a window in which each produces one token is taken off. A step's time is what is
+         left, over the steps: those that TLT counts; of stock SGLang a request's tokens, of its EAGLE the mean of the
+         requests' verifications, which is too few where requests end early. In rotating order, the median of
+         `--turns`.
+Waits.   In how many places of a step, and where, the scheduler waits for the device, by torch's own count.
+Rollout. With `--rollout`, bench_rollout.py's windows on the same engines: the tuner's own choices against stock.
+
+Prints tables; writes `engine.json` and the engines' logs into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_contenders import BASELINE, Contender, make_contenders
+from bench_engine import EngineProcess
+from bench_rollout import Bench, Prompts
+from bench_table import legend, table
+from engine_recorder import ENVIRONMENT, FREE, Control
+from transformers import AutoTokenizer
+
+from tlt_verl.cli import engine_argument
+from tlt_verl.config import Strategy
+from tlt_verl.drafter import prepare_drafter
+from tlt_verl.engine.graph_plan import DRAFT, EXTEND, VERIFY, Capture, GraphPlan, ModelSizes, estimate, largest
+from tlt_verl.strategy import OFF
+from tlt_verl.warmup.prompts import read_prompts
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+ARMS = ("eagle:3x1@4", "eagle:7x1@8", "eagle:5x4@16", "ngram:7x1@8")
+TUNED = "tlt, tuned"
+MIB = 2**20
+Mode = tuple[str, str, int]
+"""A row of the tables: its name, the engine, and what `Control.strategy` is meanwhile."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=ROOT / "models/smollm2-135m-reasoner")
+    add("--tokenizer", type=Path, help="folder (the model's)")
+    add("--data", type=Path, default=ROOT / "data/arithmetic/test.parquet")
+    add("--drafter", type=Path, default=ROOT / "drafters/arithmetic/latest")
+    add("--untrained", action="store_true", help="a drafter made from the target and not trained, in its place")
+    add("--arms", nargs="+", type=Strategy.parse, default=[Strategy.parse(arm) for arm in ARMS])
+    add("--eagle", type=Strategy.parse, default=Strategy.parse("eagle:7x1@8"), help="of stock EAGLE")
+    add("--contenders", nargs="+", default=["eagle", "tlt"], help=f"beside {BASELINE}: eagle, tlt")
+    add("--batches", nargs="+", type=int, default=[1, 8, 32])
+    add("--tokens", type=int, default=256, help="of each request of a step's window")
+    add("--turns", type=int, default=3)
+    add("--rollout", action="store_true", help="bench_rollout.py's windows too")
+    add("--rollout-turns", type=int, default=3)
+    add("--dtype", default="bfloat16")
+    add("--device", default="cuda")
+    add("--max-total-tokens", type=int, default=32768)
+    add("--max-new-tokens", type=int, default=512, help="of the rollout")
+    more = "another argument of all engines, such as attention_backend=triton; may be given again"
+    add("--engine", action="append", type=engine_argument, default=[], metavar="NAME=VALUE", help=more)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=ROOT / "runs/check_engine")
+    options = parser.parse_args()
+    options.contenders = list(dict.fromkeys([BASELINE, *options.contenders]))
+    options.threads, options.ngram_tokens, options.temperature = 2, 12, 1.0
+    return options
+
+
+def main() -> None:
+    options = parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    drafter = prepare_drafter(str(options.model), None if options.untrained else str(options.drafter))
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    prompts = read_prompts(options.data, tokenizer)
+    result: dict[str, Any] = {"setting": {name: str(value) for name, value in vars(options).items()}}
+    controls: dict[str, Control] = {}
+    engines: dict[str, EngineProcess] = {}
+    contenders = {each.name: each for each in recorded(options, drafter, controls)}
+    try:
+        begin = time.monotonic()
+        for name, contender in contenders.items():
+            engines[name] = EngineProcess(contender.engine, contender.environment, options.out / f"{name}.log")
+            if options.device == "cpu":
+                engines[name].start()
+        for name in list(engines):
+            start(name, engines, options.device == "cpu")
+        print(f"engines started in {time.monotonic() - begin:.0f} s", flush=True)
+        check(options, tokenizer, prompts, contenders, engines, controls, result)
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def start(name: str, engines: dict[str, EngineProcess], started: bool) -> None:
+    """Wait for one engine; without it where it does not start."""
+    try:
+        if not started:
+            engines[name].start()
+    except RuntimeError as error:
+        print(f"{name}: does not start: {error}", flush=True)
+        engines.pop(name).close()
+        if name == BASELINE:
+            raise SystemExit(1) from error
+
+
+def recorded(options: argparse.Namespace, drafter: Path, controls: dict[str, Control]) -> Iterator[Contender]:
+    """bench_rollout's contenders, each with the recorder in it."""
+    plugins = options.out / "plugins"
+    info = plugins / "engine_recorder-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-recorder\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nrecorder = engine_recorder:plugin\n")
+    paths = [str(plugins.resolve()), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    for contender in make_contenders(options, drafter, max(options.batches)):
+        folder = options.out / contender.name
+        for name in ("control", "graphs.jsonl", "waits.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        controls[contender.name] = Control(folder)
+        more = {ENVIRONMENT: str(folder.resolve()), "PYTHONPATH": os.pathsep.join(paths)}
+        if contender.name == BASELINE:
+            more["SGLANG_PLUGINS"] = "recorder"
+        yield dataclasses.replace(contender, environment={**contender.environment, **more})
+
+
+def check(
+    options: argparse.Namespace,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    contenders: dict[str, Contender],
+    engines: dict[str, EngineProcess],
+    controls: dict[str, Control],
+    result: dict[str, Any],
+) -> None:
+    """All parts, the result written after each."""
+    out = options.out / "engine.json"
+
+    def keep() -> None:
+        out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+    if "tlt" in engines:
+        result["graphs"] = graphs(options)
+        print("\n".join(graph_rows(result["graphs"])), flush=True)
+    result["stock graphs"] = {name: read(options, name, "graphs.jsonl") for name in engines if name != "tlt"}
+    keep()
+    modes: list[Mode] = [(name, name, FREE) for name in engines if name != "tlt"]
+    if "tlt" in engines:
+        listed = list(dict.fromkeys([OFF, *options.arms]))
+        modes += [(f"tlt, {strategy}", "tlt", place) for place, strategy in enumerate(listed)]
+        modes.append((TUNED, "tlt", FREE))
+    steps = Steps(options, engines, controls, prompts)
+    result["steps"] = steps.run(modes)
+    print("\n".join(steps.rows(result["steps"])), flush=True)
+    keep()
+    result["waits"] = steps.waits(modes)
+    print("\n".join(wait_rows(result["waits"])), flush=True)
+    keep()
+    if options.rollout:
+        for control in controls.values():
+            control.strategy = FREE
+        result["rollout"] = rollout(options, tokenizer, prompts, contenders, engines)
+        keep()
+    for name, engine in engines.items():
+        result[f"{name} state"] = engine.state()
+    keep()
+
+
+def read(options: argparse.Namespace, name: str, file: str) -> list[dict[str, Any]]:
+    path = options.out / name / file
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# --- graphs
+
+
+def graphs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each recorded set of graphs, beside the plan's and the estimate for it."""
+    config = json.loads((options.model / "config.json").read_text())
+    found = read(options, "tlt", "graphs.jsonl")
+    if not found:
+        return []
+    sizes = ModelSizes(
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        vocab=config["vocab_size"],
+        context=config["max_position_embeddings"],
+    )
+    batch_sizes = max((each["batch_sizes"] for each in found), key=len)
+    plan = GraphPlan(options.arms, batch_sizes, None)
+    planned = {capture.key: capture for capture in plan.with_own(Strategy("eagle", *largest(options.arms)))}
+    rows = []
+    for each in found:
+        capture = capture_of(each)
+        wanted = planned.pop(capture.key, None)
+        memory = estimate([capture], sizes)
+        rows.append(
+            each
+            | {
+                "capture": str(capture),
+                "planned": None if wanted is None else len(wanted.batch_sizes),
+                "estimate": dataclasses.asdict(memory),
+            }
+        )
+    return rows + [{"capture": f"missing: {capture}"} for capture in planned.values()]
+
+
+def capture_of(found: dict[str, Any]) -> Capture:
+    """A recorded set of graphs in the plan's words."""
+    sizes = tuple(sorted(found["batch_sizes"]))
+    if found["runner"] == "EAGLEDraftCudaGraphRunner":
+        return Capture(DRAFT, (found["steps"], found["topk"], found["width"]), sizes)
+    width = found["tokens_per_request"]
+    if found["runner"] == "EAGLEDraftExtendCudaGraphRunner":
+        return Capture(EXTEND, (width,), sizes)
+    return Capture(VERIFY, (width, int(found["topk"] > 1)), sizes)
+
+
+def graph_rows(found: Sequence[dict[str, Any]]) -> list[str]:
+    head = ("graphs", "plan", "s", "reserved", "allocated", "beside", "estimate", "its nodes")
+    lines = [f"{'MiB of device memory':<34}" + "".join(f"{name:>10}" for name in head)]
+    total = [0.0] * 8
+    for each in found:
+        if "runner" not in each:
+            lines.append(each["capture"])
+            continue
+        memory = each["estimate"]
+        tensors = sum(memory.values()) - memory["nodes"]
+        held = each["held"] if each["held"] is not None else each["free"]
+        row = [
+            len(each["batch_sizes"]),
+            each["planned"] or 0,
+            each["seconds"],
+            *(value / MIB for value in (each["reserved"], each["allocated"], held - each["reserved"], tensors)),
+            memory["nodes"] / MIB,
+        ]
+        total = [a + b for a, b in zip(total, row, strict=True)]
+        lines.append(f"{each['capture']:<34}" + _numbers(row))
+    return [*lines, f"{'together':<34}" + _numbers(total), ""]
+
+
+def _numbers(row: Sequence[float]) -> str:
+    return "".join(f"{value:>10}" if isinstance(value, int) else f"{value:>10.1f}" for value in row)
+
+
+# --- steps and waits
+
+
+class Steps:
+    """Windows with one strategy at every step."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        engines: dict[str, EngineProcess],
+        controls: dict[str, Control],
+        prompts: list[list[int]],
+    ) -> None:
+        self._options, self._engines, self._controls = options, engines, controls
+        self._prompts = Prompts(prompts, random.Random(options.seed))
+
+    def run(self, modes: Sequence[Mode]) -> dict[str, dict[int, dict[str, Any]]]:
+        """Of each mode and batch size: ms a step and a verification, tokens a second and a verification."""
+        found: dict[str, dict[int, list[dict[str, Any]]]] = {mode[0]: {} for mode in modes}
+        for batch in self._options.batches:
+            given = self._prompts.take(batch)
+            for mode in modes:  # compile, fault in, fill the caches of the allocator
+                self._window(mode, given, 24)
+            for turn in range(self._options.turns):
+                given, first = self._prompts.take(batch), turn % len(modes)
+                for mode in [*modes[first:], *modes[:first]]:
+                    found[mode[0]].setdefault(batch, []).append(self._measured(mode, given))
+        return {name: {batch: _middle(turns) for batch, turns in each.items()} for name, each in found.items()}
+
+    def waits(self, modes: Sequence[Mode], batch: int = 8, tokens: int = 48) -> dict[str, dict[str, Any]]:
+        """Of each mode, what was waited for in a window of decoding, over its steps."""
+        given = self._prompts.take(min(batch, max(self._options.batches)))
+        for number, mode in enumerate(modes, 1):
+            control = self._controls[mode[1]]
+            control.window = number
+            self._window(mode, given, tokens)
+            control.window = 0
+            self._window(mode, given[:1], 2)  # the scheduler writes when it sees that the window has ended
+        written = {each["window"]: each for name in self._engines for each in read(self._options, name, "waits.jsonl")}
+        return {mode[0]: written.get(number, {}) for number, mode in enumerate(modes, 1)}
+
+    def _window(self, mode: Mode, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        _, name, place = mode
+        engine = self._engines[name]
+        self._controls[name].strategy = place
+        engine.flush()
+        before = self._counted(engine)
+        sampling = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
+        window = engine.run(prompts, sampling, at_once=len(prompts), keep_full=False)
+        window["passes"], window["verified"] = (b - a for a, b in zip(before, self._counted(engine), strict=True))
+        return window
+
+    @staticmethod
+    def _counted(engine: EngineProcess) -> tuple[int, int]:
+        """Decoding passes of TLT and the requests in them, since the start; zeros for another algorithm."""
+        counts = engine.state().get("speculation", {}).get("strategies", {}).values()
+        return sum(each["steps"] for each in counts), sum(each["verified"] for each in counts)
+
+    def _measured(self, mode: Mode, prompts: list[list[int]]) -> dict[str, Any]:
+        alone = self._window(mode, prompts, 1)["seconds"]
+        window = self._window(mode, prompts, self._options.tokens)
+        seconds, batch = window["seconds"] - alone, len(prompts)
+        decoded = window["tokens"] - batch
+        verified = window["verified"] or window["verifications"] or decoded
+        passes = window["passes"] or verified / batch
+        return {
+            "ms_a_step": 1e3 * seconds / passes,
+            "tokens_per_s": decoded / seconds,
+            "tokens_a_step": decoded / verified,
+            "prefill_ms": 1e3 * alone,
+        }
+
+    def rows(self, found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+        """A table: of each batch size ms a step, tokens a step, and tokens a second over stock's."""
+        batches = self._options.batches
+        lines = [
+            f"{'':<22}" + "".join(f"{f'batch {batch}':>32}" for batch in batches),
+            f"{'':<22}" + f"{'ms/step':>10}{'tok/step':>10}{'of stock':>12}" * len(batches),
+        ]
+        for name, each in found.items():
+            cells = ""
+            for batch in batches:
+                here, stock = each[batch], found[BASELINE][batch]
+                ratio = here["tokens_per_s"] / stock["tokens_per_s"]
+                cells += f"{here['ms_a_step']:>10.3f}{here['tokens_a_step']:>10.2f}{ratio:>12.3f}"
+            lines.append(f"{name:<22}{cells}")
+        return [*lines, ""]
+
+
+def _middle(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The medians, and every turn's time of a step."""
+    middle = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+    return middle | {"turns_ms": [turn["ms_a_step"] for turn in turns]}
+
+
+def wait_rows(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["waits for the device, a pass through the scheduler's loop (prefills included)"]
+    for name, each in found.items():
+        steps = each.get("steps") or 1
+        lines.append(f"{name}: {sum(count for _, count in each.get('waits', [])) / steps:.2f} in {steps} passes")
+        lines += [f"    {count / steps:7.2f}  {place}" for place, count in each.get("waits", [])[:12]]
+    return [*lines, ""]
+
+
+# --- rollout
+
+
+def rollout(
+    options: argparse.Namespace,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    contenders: dict[str, Contender],
+    engines: dict[str, EngineProcess],
+) -> dict[str, Any]:
+    """bench_rollout's windows: lengths are the model's own, the tuner chooses."""
+    settings = argparse.Namespace(
+        batches=options.batches,
+        turns=options.rollout_turns,
+        requests=4,
+        least_requests=16,
+        step_requests=64 if max(options.batches) >= 8 else 0,
+        group=8,
+        out=options.out,
+    )
+    sampling = {
+        "temperature": options.temperature,
+        "max_new_tokens": options.max_new_tokens,
+        "stop_token_ids": [tokenizer.eos_token_id],
+    }
+    about = {name: {"about": contenders[name].about, "remark": contenders[name].remark} for name in engines}
+    result: dict[str, Any] = {"setting": {}, "contenders": about, "parts": {}}
+    pairs = {name: (contenders[name], engine) for name, engine in engines.items()}
+    Bench(pairs, Prompts(prompts, random.Random(options.seed)), sampling, settings, result).run()
+    print("\n" + table(result, list(result["parts"])) + "\n\n" + legend(result), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()
