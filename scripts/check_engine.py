@@ -234,6 +234,8 @@ def capture_of(found: dict[str, Any]) -> Capture:
 
 
 def graph_rows(found: Sequence[dict[str, Any]]) -> list[str]:
+    if not found:
+        return ["no graphs"]
     head = ("graphs", "plan", "s", "reserved", "allocated", "beside", "estimate", "its nodes")
     lines = [f"{'MiB of device memory':<34}" + "".join(f"{name:>10}" for name in head)]
     total = [0.0] * 8
