@@ -27,7 +27,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.runtime_context import get_spec
 
-from tlt_verl.cpu.sglang_attention import CpuMultiStepDraftBackend, has_native_kernels
+from tlt_verl.cpu.sglang_attention import CpuMultiStepDraftBackend, gather, has_native_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class DraftChain:
         pool = self._worker.draft_runner.token_to_kv_pool
         slots, mask = padded_prefix(table, lengths, steps - 1)
         keys, values = (
-            buffer[slots].to(hidden.dtype)  # [B, L + S - 1, K, D]
+            gather(buffer, slots).to(hidden.dtype)  # [B, L + S - 1, K, D]
             for buffer in (pool.get_key_buffer(self._layer_id), pool.get_value_buffer(self._layer_id))
         )
         return run_chain(self._weights(), self._sizes, self._scale, first, hidden, positions, keys, values, mask, steps)

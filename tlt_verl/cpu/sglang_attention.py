@@ -131,8 +131,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block:
         [B, n, H, Dv]
     """
     batch, n, heads, _ = query.shape
-    key = keys[block.slots].transpose(1, 2)  # [B, K, L, D]
-    value = values[block.slots].transpose(1, 2)
+    key, value = (gather(pool, block.slots).transpose(1, 2) for pool in (keys, values))  # [B, K, L, D]
     if key.dtype != query.dtype:
         key, value = key.to(query.dtype), value.to(query.dtype)
     shared = heads // key.shape[1]
@@ -148,6 +147,11 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block:
         mask = mask.repeat(1, 1, shared, 1)
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return out.unflatten(2, (shared, n)).permute(0, 3, 1, 2, 4).reshape(batch, n, heads, -1)
+
+
+def gather(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Rows [B, L, K, D] of a pool [slots, K, D]; many times as fast on a CPU as `pool[slots]`."""
+    return pool.index_select(0, slots.flatten()).unflatten(0, slots.shape)
 
 
 def choose_cpu_attention(server_args: Any) -> None:
