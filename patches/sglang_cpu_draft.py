@@ -47,7 +47,8 @@ SEAM = Seam(
             ),
         ),
         Target(
-            path="sglang.srt.models.llama_eagle:LlamaDecoderLayer.__init__", source_contains=("del self.input_layernorm",)
+            path="sglang.srt.models.llama_eagle:LlamaDecoderLayer.__init__",
+            source_contains=("del self.input_layernorm",),
         ),
         Target(
             path="sglang.srt.models.qwen2_eagle:Qwen2Model.forward",

@@ -67,6 +67,7 @@ def run(
         f"{TLT}debug.fingerprint=true",
         f"{TLT}spot.enable=false",
         f"{TLT}strategy.tune=false",
+        "actor_rollout_ref.rollout.custom.tlt.strategy.arms=['eagle:7x1@8']",
         f"reward.custom_reward_function.path={HERE}/tiny_task.py",
         f"trainer.default_local_dir={task}/checkpoints",
         f"hydra.run.dir={task}/hydra",

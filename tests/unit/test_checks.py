@@ -10,6 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from tlt_verl.config import ConfigError
+from tlt_verl.config import StrategyConfig
 from tlt_verl.rollout import checks
 
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -59,7 +60,7 @@ def test_a_configuration_without_a_rollout_is_not_ours():
 
 def test_a_run_that_is_right_gives_the_options(run):
     assert checks.check_run(run({f"{ROLLOUT}.custom.tlt.strategy.arms": ["off"]})).strategy.arms == ["off"]
-    assert checks.check_run(run({f"{ROLLOUT}.custom": None})).strategy.arms == ["eagle:3x1@4"]
+    assert checks.check_run(run({f"{ROLLOUT}.custom": None})).strategy.arms == StrategyConfig().arms
 
 
 # --- refusals: the option, the value, the cure ------------------------------------------------------------------------

@@ -86,9 +86,7 @@ def test_a_chain_is_the_trainers(drafter, lengths, steps, has_hot):
     cached_lens = torch.tensor(lengths)
     where, mask = padded_prefix(table, cached_lens, steps - 1)
     assert (mask is None) == (len(set(lengths)) == 1)
-    drafts = run_chain(
-        w, (Q, K, D), D**-0.5, first, hidden, cached_lens, pool[0][where], pool[1][where], mask, steps
-    )
+    drafts = run_chain(w, (Q, K, D), D**-0.5, first, hidden, cached_lens, pool[0][where], pool[1][where], mask, steps)
     requests = zip(prefixes, first, hidden, strict=True)
     assert drafts.tolist() == [one_by_one(drafter, w, *prefix, f, h, steps) for prefix, f, h in requests]
 

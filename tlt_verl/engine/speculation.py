@@ -64,6 +64,7 @@ class Speculation:
         chooses = self._fixed is None and not self._random
         self.tuner = Tuner.from_config(StrategyConfig(**options.strategy), self._rng) if chooses else None
         self._catch_up = CatchUp(worker._draft_worker)
+        self._catches_up = any(strategy.drafter == EAGLE for strategy in strategies)
         proposes = any(strategy.drafter == NGRAM for strategy in strategies)
         self._ngram = NgramDrafter(worker.target_worker) if proposes else None
         self.trained = True
@@ -106,7 +107,7 @@ class Speculation:
     def after_decode(self, batch: Any, result: Any, arm: Arm) -> None:
         """Note what the drafter has not read, and make what the next step reads as wide as any strategy needs."""
         setattr(result, _STRATEGY, arm.strategy)
-        if arm.draft is None and self.trained and not batch.forward_mode.is_idle():
+        if arm.draft is None and self._catches_up and self.trained and not batch.forward_mode.is_idle():
             hidden = result.logits_output.hidden_states
             if result.can_run_cuda_graph:  # a captured graph writes its next answer to the same memory
                 hidden = hidden.clone()
