@@ -11,45 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+from step_times import read, record
 from transformers import AutoTokenizer
 
 from tlt_verl.config import Strategy
 from tlt_verl.drafter.checkpoint import Checkpoint, load_checkpoint, write_drafter
 from tlt_verl.engine.offline import OfflineEngine
 from tlt_verl.warmup.prompts import read_prompts
-
-TIMES = "TLT_BENCH_TIMES"
-PLUGIN = """
-import os, time
-
-def install():
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    def timed(name_of):
-        def around(original, owner, *args, **kwargs):
-            begin = time.perf_counter()
-            result = original(owner, *args, **kwargs)
-            if name := name_of(owner, *args):
-                with open(os.environ["TLT_BENCH_TIMES"], "a") as file:
-                    print(name, time.perf_counter() - begin, file=file)
-            return result
-        return around
-
-    def step(runner, batch, *_):
-        return "step" if runner.is_draft_worker and batch.forward_mode.is_decode() else None
-
-    worker = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
-    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
-    HookRegistry.register(worker + ".draft", timed(lambda *_: "draft"), HookType.AROUND)
-    HookRegistry.register(worker + "._draft_extend_for_decode", timed(lambda *_: "extend"), HookType.AROUND)
-    HookRegistry.register(runner + ".forward", timed(step), HookType.AROUND)
-"""
 
 
 def main() -> None:
@@ -75,7 +48,7 @@ def main() -> None:
 
 
 def bench(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[list[int]], scratch: Path) -> dict:
-    times = prepare_plugin(scratch)
+    times = record(scratch)
     write_variants(checkpoint, scratch / "versions")
     sampling = {"temperature": 0.0, "max_new_tokens": options.max_new_tokens}
     strategy = Strategy("eagle", options.steps, 1, options.steps + 1)
@@ -91,7 +64,7 @@ def bench(options: argparse.Namespace, checkpoint: Checkpoint, prompts: list[lis
     )
     parts = {
         "tap": lambda: bench_tap(engine, prompts, sampling, options.pairs),
-        "hot": lambda: bench_hot(engine, prompts, sampling, options.pairs, times, hot=1, whole=3),
+        "hot": lambda: bench_hot(engine, prompts, sampling, options.pairs, options.steps, times, hot=1, whole=3),
         "publication": lambda: bench_publication(engine, prompts, sampling, [1, 2]),
     }
     with engine:
@@ -122,12 +95,19 @@ def bench_tap(engine: OfflineEngine, prompts: list[list[int]], sampling: dict, p
 
 
 def bench_hot(
-    engine: OfflineEngine, prompts: list[list[int]], sampling: dict, pairs: int, times: Path, hot: int, whole: int
+    engine: OfflineEngine,
+    prompts: list[list[int]],
+    sampling: dict,
+    pairs: int,
+    steps: int,
+    times: Path,
+    hot: int,
+    whole: int,
 ) -> dict:
     """Cost with the hot vocabulary and with all of it, and accept length.
 
-    A step is one forward pass of the drafter, its head included; draft is all of a verification's steps and the making
-    of the tree; extend is the drafter's pass over what was accepted.
+    draft is all of a verification's draft steps and the making of the tree, and a step the part of it that one has;
+    extend is the drafter's pass over what was accepted.
     """
     figures = {}
     for batch, count in ((1, 6), (8, 32)):
@@ -138,10 +118,11 @@ def bench_hot(
                     sys.exit(reason)
                 times.write_text("")
                 done = engine.run(prompts[:count], sampling, at_once=batch)
-                rows = [line.split() for line in times.read_text().splitlines()]
-                for part in ("step", "draft", "extend"):
-                    cost = 1e3 * statistics.median(float(seconds) for timed, seconds in rows if timed == part)
+                calls = read(times)
+                for part in ("draft", "extend"):
+                    cost = 1e3 * statistics.median(call.seconds for call in calls if call.part == part)
                     found[name].setdefault(f"{part}_ms", []).append(cost)
+                found[name].setdefault("step_ms", []).append(found[name]["draft_ms"][-1] / (steps - 1))
                 found[name].setdefault("accept_len", []).append(done.accept_len)
                 found[name].setdefault("tokens_per_s", []).append(done.tokens / done.seconds)
         row: dict[str, dict | float] = {
@@ -179,19 +160,6 @@ def write_variants(checkpoint: Checkpoint, folder: Path) -> None:
         (out := folder / f"v{version}").mkdir(parents=True)
         weights = {name: scale * tensor for name, tensor in checkpoint.weights.items()}
         write_drafter(out, checkpoint.config, weights, hot)
-
-
-def prepare_plugin(scratch: Path) -> Path:
-    """Put a plugin that times the drafter's parts on the import path of the engine's processes; where it writes."""
-    metadata = scratch / "plugin" / "bench_times-0.0.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bench-times\nVersion: 0.0.0\n")
-    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nbench_times = bench_times:install\n")
-    (scratch / "plugin" / "bench_times.py").write_text(PLUGIN)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(scratch / "plugin"), os.environ.get("PYTHONPATH", "")])
-    sys.path.insert(0, str(scratch / "plugin"))
-    os.environ[TIMES] = str(scratch / "times.txt")
-    return scratch / "times.txt"
 
 
 if __name__ == "__main__":

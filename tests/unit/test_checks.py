@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from tlt_verl.config import ConfigError
-from tlt_verl.config import StrategyConfig
+from tlt_verl.config import ConfigError, StrategyConfig
 from tlt_verl.rollout import checks
 
 ROLLOUT = "actor_rollout_ref.rollout"

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES = ("LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle")
 """SGLang's classes that have the layout."""
 
+_ALGORITHM = "TLT"
 _CHAIN = "_tlt_draft_chain"  # attribute of an EagleDraftWorker: a DraftChain, or None where its model has none
 
 
@@ -67,6 +68,8 @@ def why_not(worker: Any) -> str | None:
     """Why a draft worker's chains cannot be drafted here; None where they can."""
     runner = worker.draft_runner
     model = runner.model
+    if (worker.server_args.speculative_algorithm or "").upper() != _ALGORITHM:
+        return "stock algorithms draft as they do without this plugin"
     if runner.device != "cpu" or has_native_kernels():
         return "the device has kernels of its own"
     if not isinstance(worker.draft_attn_backend, CpuMultiStepDraftBackend):
