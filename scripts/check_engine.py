@@ -27,7 +27,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ MIB = 2**20
 Mode = tuple[str, str, int]
 """A row of the tables: its name, the engine, and what `Control.strategy` is meanwhile."""
 
+Measured = dict[str, dict[int, dict[str, Any]]]
+"""Of each mode and batch size, what its steps are like."""
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--eagle", type=Strategy.parse, default=Strategy.parse("eagle:7x1@8"), help="of stock EAGLE")
     add("--contenders", nargs="+", default=["eagle", "tlt"], help=f"beside {BASELINE}: eagle, tlt")
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
-    add("--tokens", type=int, default=256, help="of each request of a step's window")
+    add("--tokens", type=int, default=128, help="of each request of a step's window")
     add("--turns", type=int, default=3)
     add("--rollout", action="store_true", help="bench_rollout.py's windows too")
     add("--rollout-turns", type=int, default=3)
@@ -166,9 +169,15 @@ def check(
         modes += [(f"tlt, {strategy}", "tlt", place) for place, strategy in enumerate(listed)]
         modes.append((TUNED, "tlt", FREE))
     steps = Steps(options, engines, controls, prompts)
-    result["steps"] = steps.run(modes)
-    print("\n".join(steps.rows(result["steps"])), flush=True)
-    keep()
+
+    def keep_steps(found: Measured) -> None:
+        result["steps"] = found
+        keep()
+
+    try:
+        steps.run(modes, keep_steps)
+    finally:  # also where the time for all of it was too short
+        print("\n".join(step_rows(result.get("steps", {}))), flush=True)
     result["waits"] = steps.waits(modes)
     print("\n".join(wait_rows(result["waits"])), flush=True)
     keep()
@@ -210,7 +219,7 @@ def graphs(options: argparse.Namespace) -> list[dict[str, Any]]:
     for each in found:
         capture = capture_of(each)
         wanted = planned.pop(capture.key, None)
-        memory = estimate([capture], sizes)
+        memory = dataclasses.replace(estimate([capture], sizes), logits=0)  # one buffer for all of them
         rows.append(
             each
             | {
@@ -255,7 +264,8 @@ def graph_rows(found: Sequence[dict[str, Any]]) -> list[str]:
         ]
         total = [a + b for a, b in zip(total, row, strict=True)]
         lines.append(f"{each['capture']:<34}" + _numbers(row))
-    return [*lines, f"{'together':<34}" + _numbers(total), ""]
+    remark = "estimate: of tensors, without the logits' buffer, which all share; beside: the driver's, beside torch's"
+    return [*lines, f"{'together':<34}" + _numbers(total), remark, ""]
 
 
 def _numbers(row: Sequence[float]) -> str:
@@ -278,18 +288,20 @@ class Steps:
         self._options, self._engines, self._controls = options, engines, controls
         self._prompts = Prompts(prompts, random.Random(options.seed))
 
-    def run(self, modes: Sequence[Mode]) -> dict[str, dict[int, dict[str, Any]]]:
-        """Of each mode and batch size: ms a step and a verification, tokens a second and a verification."""
+    def run(self, modes: Sequence[Mode], keep: Callable[[Measured], None]) -> None:
+        """Of each mode and batch size: ms a step, tokens a second and a step. `keep` gets what there is, ever again."""
         found: dict[str, dict[int, list[dict[str, Any]]]] = {mode[0]: {} for mode in modes}
-        for batch in self._options.batches:
-            given = self._prompts.take(batch)
-            for mode in modes:  # compile, fault in, fill the caches of the allocator
-                self._window(mode, given, 24)
-            for turn in range(self._options.turns):
+        for turn in range(self._options.turns):
+            for batch in self._options.batches:
+                begin = time.monotonic()
                 given, first = self._prompts.take(batch), turn % len(modes)
+                if turn == 0:
+                    for mode in modes:  # compile, fault in, fill the caches of the allocator
+                        self._window(mode, given, 16)
                 for mode in [*modes[first:], *modes[:first]]:
                     found[mode[0]].setdefault(batch, []).append(self._measured(mode, given))
-        return {name: {batch: _middle(turns) for batch, turns in each.items()} for name, each in found.items()}
+                keep({name: {size: _middle(turns) for size, turns in each.items()} for name, each in found.items()})
+                print(f"turn {turn + 1}, batch {batch}: {time.monotonic() - begin:.0f} s", flush=True)
 
     def waits(self, modes: Sequence[Mode], batch: int = 8, tokens: int = 48) -> dict[str, dict[str, Any]]:
         """Of each mode, what was waited for in a window of decoding, over its steps."""
@@ -334,21 +346,22 @@ class Steps:
             "prefill_ms": 1e3 * alone,
         }
 
-    def rows(self, found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
-        """A table: of each batch size ms a step, tokens a step, and tokens a second over stock's."""
-        batches = self._options.batches
-        lines = [
-            f"{'':<22}" + "".join(f"{f'batch {batch}':>32}" for batch in batches),
-            f"{'':<22}" + f"{'ms/step':>10}{'tok/step':>10}{'of stock':>12}" * len(batches),
-        ]
-        for name, each in found.items():
-            cells = ""
-            for batch in batches:
-                here, stock = each[batch], found[BASELINE][batch]
-                ratio = here["tokens_per_s"] / stock["tokens_per_s"]
-                cells += f"{here['ms_a_step']:>10.3f}{here['tokens_a_step']:>10.2f}{ratio:>12.3f}"
-            lines.append(f"{name:<22}{cells}")
-        return [*lines, ""]
+
+def step_rows(found: Measured) -> list[str]:
+    """A table: of each batch size ms a step, tokens a step, and tokens a second over stock's."""
+    batches = list(found.get(BASELINE, {}))
+    lines = [
+        f"{'':<22}" + "".join(f"{f'batch {batch}':>32}" for batch in batches),
+        f"{'':<22}" + f"{'ms/step':>10}{'tok/step':>10}{'of stock':>12}" * len(batches),
+    ]
+    for name, each in found.items():
+        cells = ""
+        for batch in batches:
+            here, stock = each[batch], found[BASELINE][batch]
+            ratio = here["tokens_per_s"] / stock["tokens_per_s"]
+            cells += f"{here['ms_a_step']:>10.3f}{here['tokens_a_step']:>10.2f}{ratio:>12.3f}"
+        lines.append(f"{name:<22}{cells}")
+    return [*lines, ""]
 
 
 def _middle(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,9 @@
 #
 # Writes a log a part into OUT and a line a part on the screen; a part that fails does not stop the others. Environment:
 # PYTHON (python3), ENGINE (arguments of every engine as JSON), MODEL, TOKENIZER (for small and sizes), PROMPTS, DRAFTER,
-# MINUTES (of the warm-up), TESTS_S (of a test).
+# MINUTES (of the warm-up, its engine's start in it), TESTS_S (of a test), ENGINE_S (of engine and sizes). On an H200 with
+# 16 cores an engine started in 60 s, three beside each other in 90 s; small took 60 s, start 90 s, tests but for
+# sampling 150 s.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:?"check_gpu: takes a folder, and parts: small start tests probe yield warmup engine sizes rollout"}
@@ -65,9 +67,10 @@ run_start() {
 
 run_tests() {
   for_tests
-  local name only log pids=()
+  local name only log limit pids=()
   while read -r log name only; do
-    part "$log" "${TESTS_S:-240}" "$python" -m pytest -p no:cacheprovider -q -s --tb=short "tests/$name.py" -k "$only" &
+    [ "$log" = sampling ] && limit=$((2 * ${TESTS_S:-240})) || limit=${TESTS_S:-240} # 128,000 requests
+    part "$log" "$limit" "$python" -m pytest -p no:cacheprovider -q -s --tb=short "tests/$name.py" -k "$only" &
     pids+=($!)
   done <<END
 greedy_chain integration/test_greedy_lossless near_ties or chain
@@ -105,21 +108,21 @@ for name in "$@"; do
     yield) part yield 120 "$python" scripts/check_yield.py --device cuda --hidden 2048 --vocab 32768 --preemptions "${PREEMPTIONS:-100}" ;;
     warmup)
       mapfile -t arguments < <(of_all_engines)
-      part warmup "$("$python" -c 'import sys; print(int(60 * float(sys.argv[1])) + 60)' "${MINUTES:-1}")" \
+      part warmup "$("$python" -c 'import sys; print(int(60 * float(sys.argv[1])) + 60)' "${MINUTES:-3}")" \
         "$python" -m tlt_verl.cli warmup --device cuda --target "$model" \
-        --prompts "${PROMPTS:-data/arithmetic/train.parquet}" --out "$out/drafter" --minutes "${MINUTES:-1}" "${arguments[@]}"
+        --prompts "${PROMPTS:-data/arithmetic/train.parquet}" --out "$out/drafter" --minutes "${MINUTES:-3}" "${arguments[@]}"
       ;;
     engine)
       mapfile -t arguments < <(of_all_engines '{"mem_fraction_static": 0.7}')
       if [ -e "${DRAFTER:-$out/drafter/latest}" ]; then arguments+=(--drafter "${DRAFTER:-$out/drafter/latest}"); else arguments+=(--untrained); fi
-      part engine "${ENGINE_S:-240}" "$python" scripts/check_engine.py --model "$model" --rollout \
+      part engine "${ENGINE_S:-420}" "$python" scripts/check_engine.py --model "$model" --rollout \
         --data "${TEST_PROMPTS:-data/arithmetic/test.parquet}" --out "$out/engine" --turns "${TURNS:-3}" "${arguments[@]}"
       ;;
     sizes)
       mapfile -t arguments < <(of_all_engines '{"mem_fraction_static": 0.7, "load_format": "dummy"}')
       "$python" scripts/train_small.py --out "$out/sizes_model" --tokenizer "$tokenizer" --sizes-alone \
         --hidden 4096 --intermediate 14336 --layers 32 --heads 32 --kv-heads 8 >"$out/sizes_model.log" 2>&1
-      part sizes "${ENGINE_S:-240}" "$python" scripts/check_engine.py --model "$out/sizes_model" --untrained \
+      part sizes "${ENGINE_S:-420}" "$python" scripts/check_engine.py --model "$out/sizes_model" --untrained \
         --data "${TEST_PROMPTS:-data/arithmetic/test.parquet}" --out "$out/sizes" --turns "${TURNS:-3}" --tokens 128 "${arguments[@]}"
       ;;
     rollout)
