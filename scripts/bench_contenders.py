@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tlt_verl.cli import engine_argument
 from tlt_verl.config import Strategy, StrategyConfig
 from tlt_verl.drafter import HOT_TOKENS
 from tlt_verl.engine.graph_plan import largest
 from tlt_verl.engine.options import EngineOptions
 
+ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "sglang"
 NAMES = (BASELINE, "eagle", "ngram", "tlt")
 OFF = "off"
@@ -54,6 +56,25 @@ class Contender:
     environment: dict[str, str]
     remark: str = ""
     tunes: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that engines are described by."""
+    add = parser.add_argument
+    add("--model", type=Path, default=ROOT / "models/smollm2-135m-reasoner")
+    add("--data", type=Path, default=ROOT / "data/arithmetic/test.parquet", help="prompts that no drafter learnt from")
+    add("--drafter", type=Path, default=ROOT / "drafters/arithmetic/latest", help="folder, of eagle and tlt")
+    add("--untrained", action="store_true", help="a drafter made from the target and not trained, in its place")
+    add("--arms", nargs="+", type=Strategy.parse, help="of the tuner (the plugin's own)")
+    add("--eagle", type=Strategy.parse, default=Strategy.parse("eagle:7x1@8"), help="of stock EAGLE (eagle:7x1@8)")
+    add("--ngram-tokens", type=int, default=12, help="draft tokens of stock NGRAM (SGLang's own: 12)")
+    add("--dtype", default="bfloat16")
+    add("--threads", type=int, default=2, help="of each engine (2)")
+    add("--max-total-tokens", type=int, default=32768, help="of each engine's KV cache")
+    add("--device", default="cpu", help="of all engines (cpu)")
+    more = "another argument of all engines, such as attention_backend=triton; may be given again"
+    add("--engine", action="append", type=engine_argument, default=[], metavar="NAME=VALUE", help=more)
+    add("--seed", type=int, default=0)
 
 
 def make_contenders(options: argparse.Namespace, drafter: Path, max_running: int) -> list[Contender]:
@@ -147,6 +168,12 @@ def _tlt(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> 
     tuned = StrategyConfig(arms=[str(arm) for arm in options.arms]) if options.arms else StrategyConfig()
     about = f"the algorithm TLT, its tuner over {', '.join(tuned.arms)} and off"
     return _algorithm_tlt("tlt", about, tuned, options, drafter, common)
+
+
+def fixed(strategy: Strategy, options: argparse.Namespace, drafter: Path, max_running: int) -> Contender:
+    """TLT with this strategy at every step."""
+    tuned = StrategyConfig(arms=[str(strategy)], tune=False)
+    return _algorithm_tlt("tlt", f"TLT, always {strategy}", tuned, options, drafter, _engine(options, max_running))
 
 
 def _off(options: argparse.Namespace, drafter: Path, common: dict[str, Any]) -> Contender:

@@ -33,17 +33,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench_contenders import BASELINE, NAMES, OFF, Contender, make_contenders
+from bench_contenders import BASELINE, NAMES, OFF, Contender, add_arguments, make_contenders
 from bench_engine import EngineProcess
 from bench_table import legend, table
 from plot_rollout import plot
 from transformers import AutoTokenizer
 
-from tlt_verl.cli import engine_argument
 from tlt_verl.config import Strategy
 from tlt_verl.drafter import prepare_drafter
 from tlt_verl.warmup.prompts import read_prompts
@@ -97,10 +97,12 @@ class Bench:
         self._warm_up()
         for batch in options.batches:
             count = max(options.requests * batch, options.least_requests)
-            self._turns(f"batch {batch}", lambda n=count: self._prompts.take(n), at_once=batch, keep_full=True)
+            prompts = partial(self._groups, count, options.siblings)
+            self._turns(f"batch {batch}", prompts, at_once=batch, keep_full=True)
         if options.step_requests:
-            self._turns("step", self._step_prompts, at_once=options.step_requests, keep_full=False)
-            self._trace_step()
+            prompts = partial(self._groups, options.step_requests, options.group)
+            self._turns("step", prompts, at_once=options.step_requests, keep_full=False)
+            self._trace_step(prompts())
         for name, (contender, engine) in self._engines.items():
             if contender.tunes:
                 self.result["contenders"][name]["state"] = engine.state()["speculation"]
@@ -114,9 +116,9 @@ class Bench:
             for some in (prompts, prompts[:1]):
                 engine.run(some, sampling, at_once=len(some), keep_full=False)
 
-    def _step_prompts(self) -> list[list[int]]:
-        count, group = self._options.step_requests, self._options.group
-        return [prompt for prompt in self._prompts.take(-(-count // group)) for _ in range(group)][:count]
+    def _groups(self, count: int, size: int) -> list[list[int]]:
+        """So many prompts, `size` times each, one after the other."""
+        return [prompt for prompt in self._prompts.take(-(-count // size)) for _ in range(size)][:count]
 
     def _turns(self, part: str, prompts: Callable[[], list[list[int]]], **how: Any) -> None:
         """All turns of one part, the contenders in rotating order."""
@@ -142,8 +144,8 @@ class Bench:
             window["strategies"] = _difference(_counts(engine), before)
         return window
 
-    def _trace_step(self) -> None:
-        prompts, how = self._step_prompts(), {"at_once": self._options.step_requests, "keep_full": False}
+    def _trace_step(self, prompts: list[list[int]]) -> None:
+        how = {"at_once": self._options.step_requests, "keep_full": False}
         self.result["parts"]["step"]["traced"] = {
             name: self._window(name, prompts, trace_s=TRACE_S, **how)
             for name, (contender, _) in self._engines.items()
@@ -202,30 +204,18 @@ def started(contenders: Sequence[Contender], result: dict[str, Any], logs: Path)
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=ROOT / "models/smollm2-135m-reasoner")
-    add("--data", type=Path, default=ROOT / "data/arithmetic/test.parquet", help="prompts that no drafter learnt from")
-    add("--drafter", type=Path, default=ROOT / "drafters/arithmetic/latest", help="folder, of eagle and tlt")
-    add("--untrained", action="store_true", help="a drafter made from the target and not trained, in its place")
+    add_arguments(parser)
     names = f"beside {BASELINE}, which always runs; {OFF}: tlt without drafts (not a default: it takes 3 GiB more)"
     add("--contenders", nargs="+", choices=(*NAMES, OFF), default=list(NAMES), help=names)
-    add("--arms", nargs="+", type=Strategy.parse, help="of the tuner (the plugin's own)")
-    add("--eagle", type=Strategy.parse, default=Strategy.parse("eagle:7x1@8"), help="of stock EAGLE (eagle:7x1@8)")
-    add("--ngram-tokens", type=int, default=12, help="draft tokens of stock NGRAM (SGLang's own: 12)")
     add("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32], help="requests that run")
     add("--turns", type=int, default=5)
     add("--requests", type=int, default=4, help="in a turn, for each that runs (4)")
     add("--least-requests", type=int, default=16, help="in a turn, at least (16)")
+    add("--siblings", type=int, default=1, help="responses to a prompt, one after the other, in those turns (1)")
     add("--step-requests", type=int, default=64, help="of the long-tail step; 0: none (64)")
     add("--group", type=int, default=8, help="responses to a prompt in that step (8)")
     add("--max-new-tokens", type=int, default=512)
     add("--temperature", type=float, default=1.0)
-    add("--dtype", default="bfloat16")
-    add("--threads", type=int, default=2, help="of each engine (2)")
-    add("--max-total-tokens", type=int, default=32768, help="of each engine's KV cache")
-    add("--device", default="cpu", help="of all engines (cpu)")
-    more = "another argument of all engines, such as attention_backend=triton; may be given again"
-    add("--engine", action="append", type=engine_argument, default=[], metavar="NAME=VALUE", help=more)
-    add("--seed", type=int, default=0)
     add("--out", type=Path, default=ROOT / "runs/bench_rollout", help="folder for result.json, figure.svg and logs")
     options = parser.parse_args()
     options.contenders = list(dict.fromkeys([BASELINE, *options.contenders]))

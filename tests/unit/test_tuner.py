@@ -189,6 +189,30 @@ def test_what_was_refuted_in_one_bucket_is_not_tried_in_all():
     assert chosen.count(LONG) + chosen.count(MIDDLE) <= 20, "of 200"
 
 
+def test_what_was_seen_at_small_batches_is_compared_at_a_large_one_by_what_runs_there():
+    """A benchmark's order and its measured costs: a few steps at 32 requests, then small batches, then 32. How far a
+    strategy is from `off` at 8 requests says less than how far it is from what runs at 32 now: with `off` as the measure
+    8 of 20 runs never tried the best.
+    """
+    costs = Costs(
+        {
+            "off": {1: 33, 2: 40, 8: 44, 32: 71},
+            "eagle:3x1@4": {1: 44, 2: 53, 8: 84, 32: 190},
+            "eagle:7x1@8": {1: 54, 2: 62, 8: 127, 32: 300},
+            "eagle:15x1@16": {1: 68, 2: 87, 8: 193, 32: 640},
+        }
+    )
+    accept = {MIDDLE: 0.95, LONG: 0.965, Strategy.parse("eagle:15x1@16"): 0.955}
+    found = []
+    for seed in range(20):
+        tuner, engine = make(costs, accept, seed)
+        assert engine.best(32) == LONG
+        for batch_size, steps in ((32, 8), (1, 300), (2, 150), (8, 100)):
+            run(tuner, engine, batch_size, steps)
+        found.append(run(tuner, engine, 32, 100)[40:].count(LONG) / 60)
+    assert sum(found) / len(found) > 0.8, found
+
+
 def test_what_pays_only_at_small_batches_is_found_there():
     tuner, engine = make(GPU, rates(0.7, 0.86))
     for batch_size in (128, 64, 32, 16, 8, 4, 2, 1):

@@ -221,11 +221,14 @@ class Beliefs:
         cells = self.buckets[index].cells
         if arm in cells:
             return Belief(cells[arm].pace, _REWARD_SD**2 / len(cells[arm].paces))
-        with_arm = [i for i, bucket in enumerate(self.buckets) if arm in bucket.cells]
-        if with_arm:
+        siblings = [s for s in self.arms if s.drafter == arm.drafter and s != OFF]
+        if with_arm := [i for i, bucket in enumerate(self.buckets) if arm in bucket.cells]:
             nearest = min(with_arm, key=lambda i: (abs(i - index), -i))
-            return Belief(self._moved(nearest, index, arm), _NEIGHBOUR_SD**2 * abs(nearest - index))
-        siblings = [s for s in self.arms if s.drafter == arm.drafter and s != OFF and s in self.tried]
+            here = [s for s in siblings if s in cells]
+            if not here or OFF not in cells or cells.keys() & self.buckets[nearest].cells.keys():
+                return Belief(self._moved(nearest, index, arm), _NEIGHBOUR_SD**2 * abs(nearest - index))
+            siblings = here
+        siblings = [s for s in siblings if s in self.tried]
         if not siblings or OFF not in self.tried:
             return None
         sibling = min(siblings, key=lambda s: (s.topk != arm.topk, abs(s.num_draft_tokens - arm.num_draft_tokens)))
@@ -242,12 +245,15 @@ class Beliefs:
         return Belief(-math.log(plain_s + per_draft_s * (arm.num_draft_tokens - 1)), known.variance + deviation**2)
 
     def _moved(self, source: int, index: int, arm: Strategy) -> float:
-        """The pace that a strategy has in the bucket `source`, as it would be in the bucket `index`."""
+        """The pace that a strategy has in the bucket `source`, as it would be in the bucket `index`: it keeps its
+        distance, as far as the batch size lets it, to what was seen in both, most often here.
+        """
         there, here = self.buckets[source].cells, self.buckets[index].cells
         shared = [s for s in there if s in here]
-        anchor = OFF if OFF in shared or (OFF in there and not shared) else next(iter(shared), arm)
-        base = here[anchor].pace if anchor in here else there[anchor].pace
-        return base + _SHRINKS ** (source - index) * (there[arm].pace - there[anchor].pace)
+        anchor = max(shared, key=lambda s: (len(here[s].paces), s.drafter == arm.drafter), default=None)
+        if anchor is None:
+            anchor, here = (OFF if OFF in there else arm), there
+        return here[anchor].pace + _SHRINKS ** (source - index) * (there[arm].pace - there[anchor].pace)
 
     # --- inside a bucket
 
