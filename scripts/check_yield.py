@@ -7,8 +7,8 @@
 The worker is the real one in a process of its own, with its probes, rings, learner and a coordination; what stands in
 for the replica is this script, which writes the board as a server does. Prints one JSON object:
 
-    yield_ms        p50, p99, max from the request's arrival to the moment at which the worker has given the device back;
-                    of the slowest five also which pre-emption it was
+    yield_ms        p50, p99, max from the request's arrival to the moment at which the worker has given the device
+                    back; of the slowest five also which pre-emption it was
     steps           of the optimizer at the end, and the micro-steps that were counted: equal, if none was lost
     loss            first and last mean of 32 steps, and the largest jump across a pre-emption
     rss_mb          of the worker while the device is another's, after each tenth of the pre-emptions

@@ -41,7 +41,7 @@ NAMES = {
 SGLANG_MOST = 256
 """SGLang's largest captured batch on a device of 60 to 160 GB, up to three of which are one engine
 (`ServerArgs._handle_gpu_memory_settings`)."""
-PARTS = ("outputs", "activations", "buffers", "logits", "nodes")
+PARTS = ("outputs", "activations", "buffers", "logits", "workspaces", "nodes")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(rows(planned)), end="\n\n")
     named = {"planned": planned, "shared, at every batch size": shared, "every strategy, every batch": everything}
     print("\n".join(comparison(named, sizes)))
-    print("\nAn estimate from shapes, not measured; nodes rests on constants that were not measured here either.")
+    print("\nAn estimate from shapes; workspaces and nodes rest on constants that were measured on one H200.")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_an_estimate_by_hand():
     assert memory.activations == 6 * (3 * 8 + 2 * 4) * 2  # the MLP; a head of ten tokens takes less
     assert memory.buffers == 4 * 2 * 16 * 4 + 6 * 4 * 2
     assert memory.logits == 6 * 10 * 4
-    assert memory.nodes == 20 * 16384 + 2**20
+    assert memory.nodes == 20 * 4096 + 2**20 // 10
     assert memory.total == sum(vars(memory).values())
 
 

@@ -191,8 +191,8 @@ def test_what_was_refuted_in_one_bucket_is_not_tried_in_all():
 
 def test_what_was_seen_at_small_batches_is_compared_at_a_large_one_by_what_runs_there():
     """A benchmark's order and its measured costs: a few steps at 32 requests, then small batches, then 32. How far a
-    strategy is from `off` at 8 requests says less than how far it is from what runs at 32 now: with `off` as the measure
-    8 of 20 runs never tried the best.
+    strategy is from `off` at 8 requests says less than how far it is from what runs at 32 now: with `off` as the
+    measure 8 of 20 runs never tried the best.
     """
     costs = Costs(
         {

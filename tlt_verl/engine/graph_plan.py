@@ -181,12 +181,14 @@ def largest(strategies: Iterable[Strategy], page_size: int = 1) -> tuple[int, in
 
 NODES_PER_LAYER = 10
 """Kernels of one decoder layer in a graph: two norms, four linear layers, rotary embedding, cache write, attention,
-activation. An estimate, as are the two below: none was measured."""
-NODE_BYTES = 16 * 2**10
-"""Device memory of a kernel node. A user measured 64 KiB with CUDA 11.2 (forums.developer.nvidia.com/t/244901); under
-CUDA 12 a whole Llama-3-8B (TP 2, graphs up to 256 requests) takes 0.6 GB (sgl-project/sglang#7873): 30 KB at most."""
-GRAPH_BYTES = 2**20
-"""Device memory of a graph beside its nodes and tensors."""
+activation. An estimate."""
+NODE_BYTES = 4 * 2**10
+"""Device memory of a kernel node: 3.8 KiB on an H200 with CUDA 13, fitted together with the next one."""
+GRAPH_BYTES = 2**20 // 10
+"""Device memory of a graph beside its nodes and tensors; fitted."""
+WORKSPACE_BYTES = 32 * 2**20
+"""What is held for each set of verify or extend graphs beside their tensors: 30 to 33 MiB on an H200, the size of
+cuBLAS's workspace for a stream there."""
 
 
 @dataclass(frozen=True)
@@ -218,18 +220,21 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Device memory of captures by what takes it, in bytes. Only `nodes` rests on constants; the rest is shapes."""
+    """Device memory of captures by what takes it, in bytes. `workspaces` and `nodes` rest on constants that were
+    measured on one device; the rest is shapes.
+    """
 
     outputs: int = 0
     activations: int = 0
     buffers: int = 0
     logits: int = 0
+    workspaces: int = 0
     nodes: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.outputs + self.activations + self.buffers + self.logits + self.nodes
+        return self.outputs + self.activations + self.buffers + self.logits + self.workspaces + self.nodes
 
 
 def estimate(captures: Iterable[Capture], sizes: ModelSizes) -> Memory:
@@ -246,9 +251,10 @@ def estimate(captures: Iterable[Capture], sizes: ModelSizes) -> Memory:
       [requests, width, context + width] bytes.
     - logits: one float32 buffer for each vocabulary, as many rows as the largest verify or extend has tokens
       (`GraphSharedOutput`).
+    - workspaces: WORKSPACE_BYTES for each set of verify or extend graphs.
     - nodes: NODE_BYTES a kernel, GRAPH_BYTES a graph.
 
-    What prefill's graphs take is not part of it, nor NCCL's and cuBLAS's workspaces.
+    What prefill's graphs take is not part of it, nor NCCL's workspaces, nor what PyTorch reserves beyond what it holds.
     """
     captures = list(captures)
     return Memory(
@@ -256,6 +262,7 @@ def estimate(captures: Iterable[Capture], sizes: ModelSizes) -> Memory:
         activations=sum(_activations(capture, sizes) for capture in captures),
         buffers=sum(_buffers(capture, sizes) for capture in captures),
         logits=_logits(captures, sizes),
+        workspaces=WORKSPACE_BYTES * sum(capture.kind != DRAFT for capture in captures),
         nodes=sum(len(c.batch_sizes) * (_nodes(c, sizes) * NODE_BYTES + GRAPH_BYTES) for c in captures),
     )
 
