@@ -3,7 +3,7 @@
     scripts/bench_rollout.py                          # the arithmetic task, drafter of scripts/warmup.sh arithmetic
     scripts/bench_rollout.py --untrained --turns 1 --batches 1 8      # a quick look without one
     scripts/bench_rollout.py --model models/smollm2-135m-instruct --data data/chat/test.parquet \\
-        --drafter drafters/chat/latest --max-new-tokens 192
+        --drafter drafters/chat/latest --held-out 32 --max-new-tokens 192
 
 All engines are alive and take turns in one run, in rotating order, on the same prompts (others in each turn), so that a
 noisy machine disturbs all of them; what counts is the ratio to the baseline within a turn, its median over the turns.
@@ -46,7 +46,7 @@ from transformers import AutoTokenizer
 
 from tlt_verl.config import Strategy
 from tlt_verl.drafter import prepare_drafter
-from tlt_verl.warmup.prompts import read_prompts
+from tlt_verl.warmup.prompts import read_prompts, split_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, FIGURE = "result.json", "figure.svg"
@@ -211,6 +211,7 @@ def parse_args() -> argparse.Namespace:
     add("--turns", type=int, default=5)
     add("--requests", type=int, default=4, help="in a turn, for each that runs (4)")
     add("--least-requests", type=int, default=16, help="in a turn, at least (16)")
+    add("--held-out", type=int, default=0, help="only prompts that a warm-up with this option kept back; 0: all")
     add("--siblings", type=int, default=1, help="responses to a prompt, one after the other, in those turns (1)")
     add("--step-requests", type=int, default=64, help="of the long-tail step; 0: none (64)")
     add("--group", type=int, default=8, help="responses to a prompt in that step (8)")
@@ -238,6 +239,8 @@ def main() -> None:
     drafter = prepare_drafter(str(options.model), None if options.untrained else str(options.drafter))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = read_prompts(options.data, tokenizer)
+    if options.held_out:
+        _, prompts = split_prompts(prompts, options.held_out, seed=0)
     sampling = {
         "temperature": options.temperature,
         "max_new_tokens": options.max_new_tokens,

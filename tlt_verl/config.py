@@ -174,8 +174,12 @@ class GateConfig:
         metadata=_about("Most held-out tokens that one judgement takes.", "a number above 0"),
     )
     every_s: float = field(
-        default=5.0,
-        metadata=_about("Training time between two judgements of one worker, in seconds.", "a number above 0"),
+        default=1.0,
+        metadata=_about(
+            "Training time between two judgements of one worker, in seconds; never less than four times what the last "
+            "one took.",
+            "a number above 0",
+        ),
     )
     least: float = field(
         default=2.0,

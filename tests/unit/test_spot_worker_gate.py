@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,19 @@ def test_what_was_learnt_while_a_publication_is_under_way_is_handed_in_too(tmp_p
     stage.settle(lambda: stage.coordination.serving_version == 1)
     assert stage.tick(2) == 2
     stage.settle(lambda: stage.coordination.tokens - others == stage.board.trained_tokens, seconds=3)
+
+
+def test_a_costly_judgement_is_not_made_again_before_four_times_as_long_was_trained(tmp_path):
+    """Idle time is for training: a gate that is due after every step would take most of it."""
+    stage, slow_s = Stage(tmp_path, settings=GATE_NOW), 0.3
+    judging, begun = stage.learner.judging, []
+
+    def slow(*arguments: Any) -> Any:
+        begun.append(stage.board.trained_ns)
+        time.sleep(slow_s)
+        return judging(*arguments)
+
+    stage.learner.judging = slow
+    while len(begun) < 2 and stage.board.trained_ns < 30e9:
+        stage.tick(1)
+    assert len(begun) == 2 and begun[1] - begun[0] >= 4 * slow_s * 1e9

@@ -39,6 +39,7 @@ _POLL_S = 0.05  # while the device is another's: each look costs it 0.3 ms
 _WAIT_S = 0.001
 _RETRY_S = 5.0
 _AGAIN_S = 0.25
+_TRAIN_PER_GATE = 4.0  # training since the last judgement, in times of what that took: a fifth of idle time at most
 _READ_AT_ONCE = 16  # segments
 _REFRESH_S = 1.0  # between two looks at the rings while training
 _AHEAD_S = 2.0  # behind the end of a window; by then the others of this step have handed in, too
@@ -49,12 +50,12 @@ class WorkerSettings:
     """When a spot worker does what.
 
     Args:
-        gate_every_s: training time between two judgements.
+        gate_every_s: training time between two judgements, and four times as long as the last one took.
         dtype: in which drafters serve.
         window_s: longest window; then the copy is handed in, and another window begins.
     """
 
-    gate_every_s: float = 5.0
+    gate_every_s: float = 1.0
     dtype: str = "bfloat16"
     window_s: float = 30.0
 
@@ -88,7 +89,7 @@ class SpotWorker:
         self._serving: Mapping[str, torch.Tensor] | None = None
         self._judging: Generator[None, None, Verdict] | None = None
         self._candidate: dict[str, torch.Tensor] = {}
-        self._since_gate_s = 0.0
+        self._since_gate_s, self._gate_s = 0.0, 0.0
         self._background = ThreadPoolExecutor(1, thread_name_prefix="tlt-spot-links")
         self._pending: deque[Future[Any]] = deque()  # calls to the others that have not been taken note of
         self._retry_at = 0.0
@@ -270,19 +271,21 @@ class SpotWorker:
         """A judgement is about the policy that samples now, and what the last one published has come about."""
         self._settle()
         waits = bool(self._pending) or self.learner.policy_version != self.board.policy_version
-        return not waits and self._since_gate_s >= self.settings.gate_every_s
+        return not waits and self._since_gate_s >= max(self.settings.gate_every_s, _TRAIN_PER_GATE * self._gate_s)
 
     def _judge(self) -> None:
         """One step of the gate. Training waits for its end: candidate and trainer are the same until then."""
         begun = now_ns()
         if self._judging is None:
             self._candidate = self.learner.weights(getattr(torch, self.settings.dtype))
-            self._judging = self.learner.judging(self._candidate, self._serving)
+            self._judging, self._gate_s = self.learner.judging(self._candidate, self._serving), 0.0
         try:
             next(self._judging)
         except StopIteration as end:
             self._judged(end.value)
-        self.board.judged_ns += self._idle_ns(begun)
+        idle_ns = self._idle_ns(begun)
+        self._gate_s += idle_ns / 1e9
+        self.board.judged_ns += idle_ns
 
     def _idle_ns(self, begun: int) -> int:
         """Time since `begun` until the device was asked for. None where that was before, after the last look."""
