@@ -35,13 +35,13 @@ from bench_contenders import BASELINE, Contender, make_contenders
 from bench_engine import EngineProcess
 from bench_rollout import Bench, Prompts
 from bench_table import legend, table
+from captured_graphs import graph_rows, graphs
 from engine_recorder import ENVIRONMENT, FREE, Control
 from transformers import AutoTokenizer
 
 from tlt_verl.cli import engine_argument
 from tlt_verl.config import Strategy
 from tlt_verl.drafter import prepare_drafter
-from tlt_verl.engine.graph_plan import DRAFT, EXTEND, VERIFY, Capture, GraphPlan, ModelSizes, estimate, largest
 from tlt_verl.strategy import OFF
 from tlt_verl.warmup.prompts import read_prompts
 
@@ -49,7 +49,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 ARMS = ("eagle:3x1@4", "eagle:7x1@8", "eagle:5x4@16", "ngram:7x1@8")
 TUNED = "tlt, tuned"
-MIB = 2**20
 Mode = tuple[str, str, int]
 """A row of the tables: its name, the engine, and what `Control.strategy` is meanwhile."""
 
@@ -159,7 +158,7 @@ def check(
         out.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
     if "tlt" in engines:
-        result["graphs"] = graphs(options)
+        result["graphs"] = graphs(read(options, "tlt", "graphs.jsonl"), options.model, options.arms)
         print("\n".join(graph_rows(result["graphs"])), flush=True)
     result["stock graphs"] = {name: read(options, name, "graphs.jsonl") for name in engines if name != "tlt"}
     keep()
@@ -194,82 +193,6 @@ def check(
 def read(options: argparse.Namespace, name: str, file: str) -> list[dict[str, Any]]:
     path = options.out / name / file
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-# --- graphs
-
-
-def graphs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each recorded set of graphs, beside the plan's and the estimate for it."""
-    config = json.loads((options.model / "config.json").read_text())
-    found = read(options, "tlt", "graphs.jsonl")
-    if not found:
-        return []
-    sizes = ModelSizes(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
-    )
-    batch_sizes = max((each["batch_sizes"] for each in found), key=len)
-    plan = GraphPlan(options.arms, batch_sizes, None)
-    planned = {capture.key: capture for capture in plan.with_own(Strategy("eagle", *largest(options.arms)))}
-    rows = []
-    for each in found:
-        capture = capture_of(each)
-        wanted = planned.pop(capture.key, None)
-        memory = dataclasses.replace(estimate([capture], sizes), logits=0)  # one buffer for all of them
-        rows.append(
-            each
-            | {
-                "capture": str(capture),
-                "planned": None if wanted is None else len(wanted.batch_sizes),
-                "estimate": dataclasses.asdict(memory),
-            }
-        )
-    return rows + [{"capture": f"missing: {capture}"} for capture in planned.values()]
-
-
-def capture_of(found: dict[str, Any]) -> Capture:
-    """A recorded set of graphs in the plan's words."""
-    sizes = tuple(sorted(found["batch_sizes"]))
-    if found["runner"] == "EAGLEDraftCudaGraphRunner":
-        return Capture(DRAFT, (found["steps"], found["topk"], found["width"]), sizes)
-    width = found["tokens_per_request"]
-    if found["runner"] == "EAGLEDraftExtendCudaGraphRunner":
-        return Capture(EXTEND, (width,), sizes)
-    return Capture(VERIFY, (width, int(found["topk"] > 1)), sizes)
-
-
-def graph_rows(found: Sequence[dict[str, Any]]) -> list[str]:
-    if not found:
-        return ["no graphs"]
-    head = ("graphs", "plan", "s", "reserved", "allocated", "beside", "estimate", "its nodes")
-    lines = [f"{'MiB of device memory':<34}" + "".join(f"{name:>10}" for name in head)]
-    total = [0.0] * 8
-    for each in found:
-        if "runner" not in each:
-            lines.append(each["capture"])
-            continue
-        memory = each["estimate"]
-        tensors = sum(memory.values()) - memory["nodes"]
-        held = each["held"] if each["held"] is not None else each["free"]
-        row = [
-            len(each["batch_sizes"]),
-            each["planned"] or 0,
-            each["seconds"],
-            *(value / MIB for value in (each["reserved"], each["allocated"], held - each["reserved"], tensors)),
-            memory["nodes"] / MIB,
-        ]
-        total = [a + b for a, b in zip(total, row, strict=True)]
-        lines.append(f"{each['capture']:<34}" + _numbers(row))
-    remark = "estimate: of tensors, without the logits' buffer, which all share; beside: the driver's, beside torch's"
-    return [*lines, f"{'together':<34}" + _numbers(total), remark, ""]
-
-
-def _numbers(row: Sequence[float]) -> str:
-    return "".join(f"{value:>10}" if isinstance(value, int) else f"{value:>10.1f}" for value in row)
 
 
 # --- steps and waits

@@ -183,8 +183,8 @@ def padded_prefix(table: torch.Tensor, lengths: torch.Tensor, more: int) -> tupl
         table: int [B, >= L] slots in order; lengths: int64 [B], L the largest; more: columns behind the prefix.
 
     Returns:
-        int64 [B, L + more] slots (0 where there is none), and bool [B, 1, 1, L + more], False in front of a prefix; None
-        where all are as long.
+        int64 [B, L + more] slots (0 where there is none), and bool [B, 1, 1, L + more], False in front of a prefix;
+        None where all are as long.
     """
     longest = int(lengths.max())
     if int(lengths.min()) == longest:
