@@ -187,8 +187,8 @@ NODE_BYTES = 4 * 2**10
 GRAPH_BYTES = 2**20 // 10
 """Device memory of a graph beside its nodes and tensors; fitted."""
 WORKSPACE_BYTES = 32 * 2**20
-"""What is held for each set of verify or extend graphs beside their tensors: 30 to 33 MiB on an H200, the size of
-cuBLAS's workspace for a stream there."""
+"""What is held for each set of graphs beside their tensors: 20 to 33 MiB on an H200, where cuBLAS's workspace for a
+stream has this size."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def estimate(captures: Iterable[Capture], sizes: ModelSizes) -> Memory:
       [requests, width, context + width] bytes.
     - logits: one float32 buffer for each vocabulary, as many rows as the largest verify or extend has tokens
       (`GraphSharedOutput`).
-    - workspaces: WORKSPACE_BYTES for each set of verify or extend graphs.
+    - workspaces: WORKSPACE_BYTES for each set of graphs.
     - nodes: NODE_BYTES a kernel, GRAPH_BYTES a graph.
 
     What prefill's graphs take is not part of it, nor NCCL's workspaces, nor what PyTorch reserves beyond what it holds.
@@ -262,7 +262,7 @@ def estimate(captures: Iterable[Capture], sizes: ModelSizes) -> Memory:
         activations=sum(_activations(capture, sizes) for capture in captures),
         buffers=sum(_buffers(capture, sizes) for capture in captures),
         logits=_logits(captures, sizes),
-        workspaces=WORKSPACE_BYTES * sum(capture.kind != DRAFT for capture in captures),
+        workspaces=WORKSPACE_BYTES * len(captures),
         nodes=sum(len(c.batch_sizes) * (_nodes(c, sizes) * NODE_BYTES + GRAPH_BYTES) for c in captures),
     )
 
