@@ -59,7 +59,7 @@ class StrategyConfig:
     """How much is drafted, and how the strategy of a batch is found."""
 
     arms: list[str] = field(
-        default_factory=lambda: ["eagle:3x1@4", "eagle:7x1@8", "ngram:7x1@8"],
+        default_factory=lambda: ["eagle:3x1@4", "eagle:7x1@8", "ngram:3x1@4", "ngram:7x1@8"],
         metadata=_about(
             "The strategies that may be used; which one is used at which batch size is measured. off is always one.",
             f"a list of one or more strategies, each once: {Strategy.TAKES}",

@@ -74,7 +74,7 @@ def test_every_option_has_help():
 
 def test_defaults_are_not_shared():
     load_config(None).strategy.arms.append("off")
-    assert load_config(None).strategy.arms == ["eagle:3x1@4", "eagle:7x1@8", "ngram:7x1@8"]
+    assert load_config(None).strategy.arms == ["eagle:3x1@4", "eagle:7x1@8", "ngram:3x1@4", "ngram:7x1@8"]
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
