@@ -176,8 +176,8 @@ class GateConfig:
     every_s: float = field(
         default=1.0,
         metadata=_about(
-            "Training time between two judgements of one worker, in seconds; never less than four times what the last "
-            "one took.",
+            "Training time between two judgements of one worker, in seconds; never less than twice what the last one "
+            "took.",
             "a number above 0",
         ),
     )

@@ -39,7 +39,7 @@ _POLL_S = 0.05  # while the device is another's: each look costs it 0.3 ms
 _WAIT_S = 0.001
 _RETRY_S = 5.0
 _AGAIN_S = 0.25
-_TRAIN_PER_GATE = 4.0  # training since the last judgement, in times of what that took: a fifth of idle time at most
+_TRAIN_PER_GATE = 2.0  # training since the last judgement, in times of what that took: a third of idle time at most
 _READ_AT_ONCE = 16  # segments
 _REFRESH_S = 1.0  # between two looks at the rings while training
 _AHEAD_S = 2.0  # behind the end of a window; by then the others of this step have handed in, too
@@ -50,7 +50,7 @@ class WorkerSettings:
     """When a spot worker does what.
 
     Args:
-        gate_every_s: training time between two judgements, and four times as long as the last one took.
+        gate_every_s: training time between two judgements, and twice as long as the last one took.
         dtype: in which drafters serve.
         window_s: longest window; then the copy is handed in, and another window begins.
     """
