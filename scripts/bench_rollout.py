@@ -38,7 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench_contenders import BASELINE, NAMES, OFF, Contender, add_arguments, make_contenders
+from bench_contenders import BASELINE, NAMES, OFF, ROOT, Contender, add_arguments, make_contenders
 from bench_engine import EngineProcess
 from bench_table import legend, table
 from plot_rollout import plot
@@ -48,7 +48,6 @@ from tlt_verl.config import Strategy
 from tlt_verl.drafter import prepare_drafter
 from tlt_verl.warmup.prompts import read_prompts, split_prompts
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT, FIGURE = "result.json", "figure.svg"
 TRACE_S = 0.2
 Engines = dict[str, tuple[Contender, EngineProcess]]

@@ -31,22 +31,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_contenders import BASELINE, Contender, make_contenders
+from bench_contenders import BASELINE, ROOT, Contender, add_arguments, make_contenders
 from bench_engine import EngineProcess
 from bench_rollout import Bench, Prompts
 from bench_table import legend, table
 from captured_graphs import graph_rows, graphs
+from engine_plugin import write_plugin
 from engine_recorder import ENVIRONMENT, FREE, Control
 from transformers import AutoTokenizer
 
-from tlt_verl.cli import engine_argument
 from tlt_verl.config import Strategy
 from tlt_verl.drafter import prepare_drafter
 from tlt_verl.strategy import OFF
 from tlt_verl.warmup.prompts import read_prompts
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 ARMS = ("eagle:3x1@4", "eagle:7x1@8", "eagle:5x4@16", "ngram:7x1@8")
 TUNED = "tlt, tuned"
 Mode = tuple[str, str, int]
@@ -58,31 +57,20 @@ Measured = dict[str, dict[int, dict[str, Any]]]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.set_defaults(device="cuda", arms=[Strategy.parse(arm) for arm in ARMS])
     add = parser.add_argument
-    add("--model", type=Path, default=ROOT / "models/smollm2-135m-reasoner")
     add("--tokenizer", type=Path, help="folder (the model's)")
-    add("--data", type=Path, default=ROOT / "data/arithmetic/test.parquet")
-    add("--drafter", type=Path, default=ROOT / "drafters/arithmetic/latest")
-    add("--untrained", action="store_true", help="a drafter made from the target and not trained, in its place")
-    add("--arms", nargs="+", type=Strategy.parse, default=[Strategy.parse(arm) for arm in ARMS])
-    add("--eagle", type=Strategy.parse, default=Strategy.parse("eagle:7x1@8"), help="of stock EAGLE")
     add("--contenders", nargs="+", default=["eagle", "tlt"], help=f"beside {BASELINE}: eagle, tlt")
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
     add("--tokens", type=int, default=128, help="of each request of a step's window")
     add("--turns", type=int, default=3)
     add("--rollout", action="store_true", help="bench_rollout.py's windows too")
     add("--rollout-turns", type=int, default=3)
-    add("--dtype", default="bfloat16")
-    add("--device", default="cuda")
-    add("--max-total-tokens", type=int, default=32768)
     add("--max-new-tokens", type=int, default=512, help="of the rollout")
-    more = "another argument of all engines, such as attention_backend=triton; may be given again"
-    add("--engine", action="append", type=engine_argument, default=[], metavar="NAME=VALUE", help=more)
-    add("--seed", type=int, default=0)
     add("--out", type=Path, default=ROOT / "runs/check_engine")
     options = parser.parse_args()
     options.contenders = list(dict.fromkeys([BASELINE, *options.contenders]))
-    options.threads, options.ngram_tokens, options.temperature = 2, 12, 1.0
     return options
 
 
@@ -125,11 +113,7 @@ def start(name: str, engines: dict[str, EngineProcess], started: bool) -> None:
 
 def recorded(options: argparse.Namespace, drafter: Path, controls: dict[str, Control]) -> Iterator[Contender]:
     """bench_rollout's contenders, each with the recorder in it."""
-    plugins = options.out / "plugins"
-    info = plugins / "engine_recorder-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-recorder\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nrecorder = engine_recorder:plugin\n")
+    plugins = write_plugin(options.out / "plugins", "engine_recorder", function="plugin")
     paths = [str(plugins.resolve()), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     for contender in make_contenders(options, drafter, max(options.batches)):
         folder = options.out / contender.name
@@ -138,7 +122,7 @@ def recorded(options: argparse.Namespace, drafter: Path, controls: dict[str, Con
         controls[contender.name] = Control(folder)
         more = {ENVIRONMENT: str(folder.resolve()), "PYTHONPATH": os.pathsep.join(paths)}
         if contender.name == BASELINE:
-            more["SGLANG_PLUGINS"] = "recorder"
+            more["SGLANG_PLUGINS"] = "engine_recorder"
         yield dataclasses.replace(contender, environment={**contender.environment, **more})
 
 
@@ -318,12 +302,13 @@ def rollout(
         turns=options.rollout_turns,
         requests=4,
         least_requests=16,
+        siblings=1,
         step_requests=64 if max(options.batches) >= 8 else 0,
         group=8,
         out=options.out,
     )
     sampling = {
-        "temperature": options.temperature,
+        "temperature": 1.0,
         "max_new_tokens": options.max_new_tokens,
         "stop_token_ids": [tokenizer.eos_token_id],
     }

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_plugin import write_plugin
+
 _TIMES = "TLT_STEP_TIMES"
 _PLUGIN = """
 import os, time
@@ -65,13 +67,9 @@ class Call:
 
 def record(scratch: Path) -> Path:
     """Engines that are started from now on, by this process, write to the file that is returned."""
-    metadata = scratch / "plugin" / "step_times-0.0.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: step-times\nVersion: 0.0.0\n")
-    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nstep_times_plugin = step_times_plugin:install\n")
-    (scratch / "plugin" / "step_times_plugin.py").write_text(_PLUGIN)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(scratch / "plugin"), os.environ.get("PYTHONPATH", "")])
-    sys.path.insert(0, str(scratch / "plugin"))
+    plugins = str(write_plugin(scratch / "plugin", "step_times_plugin", _PLUGIN))
+    os.environ["PYTHONPATH"] = os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, plugins)
     os.environ[_TIMES] = str(scratch / "times.txt")
     return scratch / "times.txt"
 

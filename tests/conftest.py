@@ -1,7 +1,7 @@
 """The environment that upstream packages read when they are imported, set before any test imports one.
 
 Its place matters too: pytest puts this folder on the import path, so that every test finds the helpers beside it. A
-variable that is already set wins.
+variable that is already set wins. What scripts share with tests is found, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")

@@ -6,8 +6,6 @@ opens that branch on a CPU machine, for the control only: nothing of tlt_verl kn
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 def install() -> None:
     """The plugin's entry point."""
@@ -22,13 +20,3 @@ def install() -> None:
             eagle_utils._is_cpu = True
 
     HookRegistry.register("sglang.srt.speculative.eagle_utils.eagle_sample", eagle_sample, HookType.AROUND)
-
-
-def write_plugin(folder: Path) -> Path:
-    """A folder that makes this a discoverable plugin when it is put on an engine's import path."""
-    metadata = folder / "negative_control-0.0.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: negative-control\nVersion: 0.0.0\n")
-    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nnegative_control = negative_control:install\n")
-    (folder / "negative_control.py").write_text(Path(__file__).read_text())
-    return folder

@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import negative_control
 import pytest
 import torch
 from chi_square import ALPHA, chi_square
+from engine_plugin import write_plugin
 from engine_runner import CHAIN, SWITCHING, TREE, job, rounding, run_engine, speculative
 from exact import ExactTarget, sequence_logprobs
 from fitted_drafter import fit_drafter
-from negative_control import write_plugin
 from small_model import make_target
 
 from tlt_verl.drafter import HOT_TOKENS
@@ -249,7 +251,7 @@ def test_negative_control_argmax_verification_fails(folder, drafter, exact):
 @pytest.fixture(scope="module")
 def stock_sampling(folder, drafter):
     """Stock EAGLE that samples as it does on CUDA: T=1, and top-k with top-p."""
-    plugins = write_plugin(folder / "plugins")
+    plugins = write_plugin(folder / "plugins", "negative_control", Path(negative_control.__file__).read_text())
     return run(folder, [T1_ALONE, JOINT_ALONE], plugins=plugins, **speculative("EAGLE", CHAIN, drafter))
 
 

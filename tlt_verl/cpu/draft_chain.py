@@ -27,14 +27,13 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.runtime_context import get_spec
 
-from tlt_verl.cpu.sglang_attention import CpuMultiStepDraftBackend, gather, has_native_kernels
+from tlt_verl.cpu.sglang_attention import CpuMultiStepDraftBackend, gather, has_native_kernels, is_tlt
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle")
 """SGLang's classes that have the layout."""
 
-_ALGORITHM = "TLT"
 _CHAIN = "_tlt_draft_chain"  # attribute of an EagleDraftWorker: a DraftChain, or None where its model has none
 
 
@@ -68,7 +67,7 @@ def why_not(worker: Any) -> str | None:
     """Why a draft worker's chains cannot be drafted here; None where they can."""
     runner = worker.draft_runner
     model = runner.model
-    if (worker.server_args.speculative_algorithm or "").upper() != _ALGORITHM:
+    if not is_tlt(worker.server_args):
         return "stock algorithms draft as they do without this plugin"
     if runner.device != "cpu" or has_native_kernels():
         return "the device has kernels of its own"

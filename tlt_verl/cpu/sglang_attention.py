@@ -159,13 +159,18 @@ def choose_cpu_attention(server_args: Any) -> None:
 
     That is `torch_native`, and `intel_amx` (SGLang's default on a CPU) unless a native sgl_kernel is installed.
     """
-    if server_args.device != "cpu" or (server_args.speculative_algorithm or "").upper() != "TLT":
+    if server_args.device != "cpu" or not is_tlt(server_args):
         return
     if server_args.attention_backend == "torch_native" or (
         server_args.attention_backend == "intel_amx" and not has_native_kernels()
     ):
         logger.info("attention_backend=%s has no tree verify here: using %s", server_args.attention_backend, NAME)
         server_args.attention_backend = NAME
+
+
+def is_tlt(server_args: Any) -> bool:
+    """Whether an engine's arguments name the algorithm TLT."""
+    return (server_args.speculative_algorithm or "").upper() == "TLT"
 
 
 def has_native_kernels() -> bool:
@@ -203,7 +208,7 @@ class CpuAttentionBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the blocks of this pass. `seq_lens` excludes the drafts in verify and includes them in draft extend."""
-        mode = forward_batch.forward_mode
+        mode, self.plan = forward_batch.forward_mode, None
         if mode.is_idle():
             self.blocks = []
             return

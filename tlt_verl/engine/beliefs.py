@@ -221,14 +221,13 @@ class Beliefs:
         cells = self.buckets[index].cells
         if arm in cells:
             return Belief(cells[arm].pace, _REWARD_SD**2 / len(cells[arm].paces))
-        siblings = [s for s in self.arms if s.drafter == arm.drafter and s != OFF]
+        siblings = [s for s in self.arms if s.drafter == arm.drafter and s != OFF and s in self.tried]
         if with_arm := [i for i, bucket in enumerate(self.buckets) if arm in bucket.cells]:
             nearest = min(with_arm, key=lambda i: (abs(i - index), -i))
             here = [s for s in siblings if s in cells]
             if not here or OFF not in cells or cells.keys() & self.buckets[nearest].cells.keys():
                 return Belief(self._moved(nearest, index, arm), _NEIGHBOUR_SD**2 * abs(nearest - index))
             siblings = here
-        siblings = [s for s in siblings if s in self.tried]
         if not siblings or OFF not in self.tried:
             return None
         sibling = min(siblings, key=lambda s: (s.topk != arm.topk, abs(s.num_draft_tokens - arm.num_draft_tokens)))

@@ -36,15 +36,6 @@ def install() -> None:
     draft_chain.draft_forward = draft_forward
 
 
-def write_plugin(folder: Path) -> Path:
-    metadata = folder / "two_chains-0.0.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: two-chains\nVersion: 0.0.0\n")
-    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\ntwo_chains = two_chains:install\n")
-    (folder / "two_chains.py").write_text(Path(__file__).read_text())
-    return folder
-
-
 def make_drafter(target, folder: Path) -> Path:
     from fitted_drafter import fit_drafter
 
@@ -57,6 +48,7 @@ def make_drafter(target, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
+    from engine_plugin import write_plugin
     from engine_runner import job, run_engine, speculative
     from test_greedy_lossless import GREEDY, TIMEOUT_S, make_prompts, make_target
 
@@ -69,7 +61,7 @@ def steps(tmp_path_factory):
         folder / "target",
         jobs,
         timeout_s=TIMEOUT_S,
-        plugins=write_plugin(folder / "plugins"),
+        plugins=write_plugin(folder / "plugins", "two_chains", Path(__file__).read_text()),
         environment={DRAFTS: str(folder / "drafts")},
         **speculative("TLT", shape, drafter),
     )
