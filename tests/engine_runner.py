@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -97,7 +98,8 @@ def job(
     Args:
         commands: for the worker of an engine with the algorithm TLT, before the job.
         abort_after_s: abort all that is running after this time.
-        publish: versions of the drafter to publish one after the other while the first call is running.
+        publish: versions of the drafter to publish one after the other while requests are running: call follows call
+            until the last one is published.
     """
     return {
         "prompts": prompts,
@@ -230,7 +232,7 @@ async def _answered(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
     if asked["abort_after_s"] is not None:
         engine.loop.call_later(asked["abort_after_s"], partial(manager.abort_request, abort_all=True))
     publishing = asyncio.create_task(_publish(manager, asked["publish"])) if asked["publish"] else None
-    for _ in range(asked["calls"]):
+    for call in itertools.count(1):
         for response in await engine.async_generate(
             input_ids=asked["prompts"], sampling_params=asked["params"], return_logprob=asked["logprobs"]
         ):
@@ -241,8 +243,9 @@ async def _answered(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
             out["logprobs"].append([entry[0] for entry in meta.get("output_token_logprobs", ())])
             for name in _COUNTERS:
                 out[name].append(meta.get(name, 0))
+        if call >= asked["calls"] and (publishing is None or publishing.done()):
+            break
     if publishing is not None:
-        assert publishing.done(), "the job ended before the publications did"
         out["publications"] = [publishing.result()]
     out["state"] = [(await manager.get_internal_state())[0].get("tlt")]
     return out

@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 import torch
-from engine_runner import CHAIN, ENGINE, job, run_engine, speculative
+from engine_runner import CHAIN, job, run_engine, speculative
 from fitted_drafter import fit_drafter
 from safetensors.torch import load_file, save_file
 from test_greedy_lossless import make_prompts, make_target
@@ -24,8 +24,6 @@ pytestmark = pytest.mark.slow
 
 TOKENS, TIMEOUT_S = 300, 300
 GREEDY = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
-LONGER = 1 if ENGINE["device"] == "cpu" else 6
-"""Calls during which four versions are published: a GPU ends one of them sooner than that."""
 GOOD, NAN, MISSING, SHAPE, ABSENT, HOT = 1, 2, 3, 4, 5, 6
 
 
@@ -62,7 +60,7 @@ def answers(tmp_path_factory):
     jobs = [
         job(prompts, [GREEDY] * 8),
         job(prompts, [GREEDY] * 8, publish=[GOOD]),
-        job(prompts, [GREEDY] * 8, calls=LONGER, publish=[NAN, MISSING, SHAPE, ABSENT]),
+        job(prompts, [GREEDY] * 8, publish=[NAN, MISSING, SHAPE, ABSENT]),
         job(prompts, [GREEDY] * 8),
         job(prompts, [GREEDY] * 8, publish=[HOT]),
         job(prompts, [GREEDY] * 8),
@@ -83,12 +81,13 @@ def test_an_untrained_drafter_is_not_drafted_with_until_one_is_published(answers
 def test_greedy_text_is_the_same_before_across_and_after_publications(answers):
     assert all(len(tokens) == TOKENS for tokens in answers[0]["output_ids"])
     for answer in answers[1:]:
-        assert answer["output_ids"] == answers[0]["output_ids"]
+        calls = len(answer["output_ids"]) // 8
+        assert calls >= 1 and answer["output_ids"] == answers[0]["output_ids"] * calls
 
 
 def test_publications_come_while_requests_are_in_flight(answers):
-    """The runner asserts that each ended before its job did: here that tokens were made before and after."""
-    across = answers[1]
+    """The runner asks call after call until each was published: here that tokens were made before and after, in one."""
+    across = {name: column[:8] for name, column in answers[1].items()}
     accepted, verified = torch.tensor(across["spec_num_correct_drafts"]), torch.tensor(across["spec_verify_ct"])
     drafted = accepted + verified
     assert (drafted > 0).all() and (drafted < TOKENS - 5).all(), drafted

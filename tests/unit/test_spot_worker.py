@@ -30,7 +30,7 @@ from tlt_verl.spot.rings import Rings
 from tlt_verl.spot.worker import SpotWorker, WorkerSettings
 
 FOR_EVER = 1e9
-GATE_NOW = WorkerSettings(gate_every_s=1e-6, window_s=FOR_EVER)
+GATE_NOW = WorkerSettings(gate_every_s=1e-6, train_per_gate=0.0, window_s=FOR_EVER)
 
 
 class Until:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_what_was_learnt_while_a_publication_is_under_way_is_handed_in_too(tmp_p
 
 def test_a_costly_judgement_is_not_made_again_before_twice_as_long_was_trained(tmp_path):
     """Idle time is for training: a gate that is due after every step would take most of it."""
-    stage, slow_s = Stage(tmp_path, settings=GATE_NOW), 0.3
+    stage, slow_s = Stage(tmp_path, settings=replace(GATE_NOW, train_per_gate=2.0)), 0.3
     judging, begun = stage.learner.judging, []
 
     def slow(*arguments: Any) -> Any:

@@ -39,7 +39,6 @@ _POLL_S = 0.05  # while the device is another's: each look costs it 0.3 ms
 _WAIT_S = 0.001
 _RETRY_S = 5.0
 _AGAIN_S = 0.25
-_TRAIN_PER_GATE = 2.0  # training since the last judgement, in times of what that took: a third of idle time at most
 _READ_AT_ONCE = 16  # segments
 _REFRESH_S = 1.0  # between two looks at the rings while training
 _AHEAD_S = 2.0  # behind the end of a window; by then the others of this step have handed in, too
@@ -50,12 +49,14 @@ class WorkerSettings:
     """When a spot worker does what.
 
     Args:
-        gate_every_s: training time between two judgements, and twice as long as the last one took.
+        gate_every_s: least training time between two judgements.
+        train_per_gate: the same in times of what the last judgement took: 2 spends a third of idle time on judging at most.
         dtype: in which drafters serve.
         window_s: longest window; then the copy is handed in, and another window begins.
     """
 
     gate_every_s: float = 1.0
+    train_per_gate: float = 2.0
     dtype: str = "bfloat16"
     window_s: float = 30.0
 
@@ -271,7 +272,8 @@ class SpotWorker:
         """A judgement is about the policy that samples now, and what the last one published has come about."""
         self._settle()
         waits = bool(self._pending) or self.learner.policy_version != self.board.policy_version
-        return not waits and self._since_gate_s >= max(self.settings.gate_every_s, _TRAIN_PER_GATE * self._gate_s)
+        settings = self.settings
+        return not waits and self._since_gate_s >= max(settings.gate_every_s, settings.train_per_gate * self._gate_s)
 
     def _judge(self) -> None:
         """One step of the gate. Training waits for its end: candidate and trainer are the same until then."""
