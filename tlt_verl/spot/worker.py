@@ -50,7 +50,7 @@ class WorkerSettings:
 
     Args:
         gate_every_s: least training time between two judgements.
-        train_per_gate: the same in times of what the last judgement took: 2 spends a third of idle time on judging at most.
+        train_per_gate: the same in times of what the last judgement took. 2: a third of idle time at most is judging.
         dtype: in which drafters serve.
         window_s: longest window; then the copy is handed in, and another window begins.
     """
