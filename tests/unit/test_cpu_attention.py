@@ -13,7 +13,8 @@ import math
 import pytest
 import torch
 
-from tlt_verl.cpu.sglang_attention import Block, attend, branch_table, extend_blocks, uniform_block
+from tlt_verl.cpu import sglang_attention
+from tlt_verl.cpu.sglang_attention import Block, attend, branch_table, extend_blocks, gather, uniform_block
 
 HEADS = [(4, 4), (4, 2), (9, 3), (6, 1)]  # H, K
 D, DV, SLOTS = 8, 6, 200
@@ -149,6 +150,14 @@ def test_attend_is_causal_for_a_request_without_prefix(H, K):
     table, (keys, values) = slot_table(1, 20), pools(K)
     block = Block(table[:, :7], "causal", slice(0, 7), None, 7)
     assert_attends(queries(7, H), [block], causal_view(table, [7], [7]), keys, values)
+
+
+@pytest.mark.parametrize("copied_alone", [0, 1 << 40], ids=["by torch", "by NumPy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gather_is_indexing(monkeypatch, dtype, copied_alone):
+    monkeypatch.setattr(sglang_attention, "_COPIED_ALONE", copied_alone)
+    pool, slots = pools(3)[0].to(dtype), slot_table(2, 20)
+    assert torch.equal(gather(pool, slots), pool[slots])
 
 
 def test_attend_reads_a_cache_of_another_dtype():

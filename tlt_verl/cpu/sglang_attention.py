@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,9 @@ NAME = "tlt_cpu"
 
 # A padded extend batch may compute this many times the cells that its requests need before they are run one by one.
 _MAX_PADDING = 2.0
+
+# Bytes that one thread gathers faster than two do (docs/LOG.md).
+_COPIED_ALONE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ class Block:
     rows: slice | torch.Tensor
     real: torch.Tensor | None
     n: int
+    _biases: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def bias(self, shared: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask as what is added to scores, [B, 1, shared * n, L], 0 or -inf; None without one.
+
+        `shared` query heads of n queries stand behind each other. Made once for all layers of a pass.
+        """
+        if not isinstance(self.mask, torch.Tensor):
+            return None
+        key = shared, dtype
+        if key not in self._biases:
+            hidden = ~self.mask if self.n == 1 else ~self.mask.repeat(1, 1, shared, 1)
+            self._biases[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        return self._biases[key]
 
 
 def uniform_block(table: torch.Tensor, kv_lens: torch.Tensor, n: int, tree: torch.Tensor | None = None) -> Block:
@@ -142,16 +159,20 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block:
         return out.transpose(1, 2)
     # Grouped-query attention as more queries of one head, g-major: keys and values are read once, not once a group.
     grouped = query.view(batch, n, -1, shared, query.shape[-1]).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, K, G*n, D]
-    mask = block.mask if isinstance(block.mask, torch.Tensor) else None
-    if mask is not None and n > 1 and shared > 1:
-        mask = mask.repeat(1, 1, shared, 1)
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=block.bias(shared, query.dtype), scale=scale)
     return out.unflatten(2, (shared, n)).permute(0, 3, 1, 2, 4).reshape(batch, n, heads, -1)
 
 
 def gather(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Rows [B, L, K, D] of a pool [slots, K, D]; many times as fast on a CPU as `pool[slots]`."""
-    return pool.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    """Rows [B, L, K, D] of a contiguous pool [slots, K, D].
+
+    Few bytes are copied by this thread: from 64 KiB on torch wakes another, which takes longer than copying them.
+    """
+    index, row = slots.flatten(), pool[0].nbytes
+    if index.numel() * row > _COPIED_ALONE:
+        return pool.index_select(0, index).unflatten(0, slots.shape)
+    rows = torch.from_numpy(pool.view(torch.uint8).numpy().take(index.numpy(), axis=0))
+    return rows.view(pool.dtype).unflatten(0, slots.shape)
 
 
 def choose_cpu_attention(server_args: Any) -> None:
