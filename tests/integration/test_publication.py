@@ -87,8 +87,8 @@ def test_greedy_text_is_the_same_before_across_and_after_publications(answers):
 
 def test_publications_come_while_requests_are_in_flight(answers):
     """The runner asks call after call until each was published: here that tokens were made before and after, in one."""
-    across = {name: column[:8] for name, column in answers[1].items()}
-    accepted, verified = torch.tensor(across["spec_num_correct_drafts"]), torch.tensor(across["spec_verify_ct"])
+    counters = ("spec_num_correct_drafts", "spec_verify_ct")
+    accepted, verified = (torch.tensor(answers[1][name][:8]) for name in counters)
     drafted = accepted + verified
     assert (drafted > 0).all() and (drafted < TOKENS - 5).all(), drafted
 

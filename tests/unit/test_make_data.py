@@ -1,14 +1,9 @@
 import math
-import sys
-from pathlib import Path
 
+import make_data
 import pandas as pd
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import make_data
 from chat import replay_requests
 from measure import sample_responses, summarise
 

@@ -1,15 +1,10 @@
 import io
 import random
-import sys
 from itertools import islice
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import prepare_model
+import pytest
+import torch
 from finetune import IGNORE, Checkpoint, MasterAdamW, Recipe, Sample, finetune, pack, row_loss
 from progress import Progress
 

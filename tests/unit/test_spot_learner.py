@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from check_yield import LocalLinks, policy_of, segments, sizes
 from sampled_target import one_thread
 
 from tlt_verl.drafter.eagle import drafter_config
@@ -19,10 +18,6 @@ from tlt_verl.segments import Segment
 from tlt_verl.spot.coordination import Coordination
 from tlt_verl.spot.learner import LearnerSettings, SpotLearner
 from tlt_verl.spot.links import LinkError, Master, Policy, Published
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from check_yield import LocalLinks, policy_of, segments, sizes
 
 H, V = 32, 64
 CONFIG = drafter_config({**sizes(H), "vocab_size": V})

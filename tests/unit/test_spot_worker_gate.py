@@ -13,6 +13,7 @@ import torch
 from test_spot_worker import GATE_NOW, Stage, another_worker, quiet  # noqa: F401 - a fixture
 
 from tlt_verl.board import SpotState
+from tlt_verl.spot.worker import WorkerSettings
 
 
 def test_a_drafter_that_passes_the_gate_is_published_and_its_version_noted(tmp_path):
@@ -81,7 +82,7 @@ def test_what_was_learnt_while_a_publication_is_under_way_is_handed_in_too(tmp_p
 
 def test_a_costly_judgement_is_not_made_again_before_twice_as_long_was_trained(tmp_path):
     """Idle time is for training: a gate that is due after every step would take most of it."""
-    stage, slow_s = Stage(tmp_path, settings=replace(GATE_NOW, train_per_gate=2.0)), 0.3
+    stage, slow_s = Stage(tmp_path, settings=replace(GATE_NOW, train_per_gate=WorkerSettings.train_per_gate)), 0.3
     judging, begun = stage.learner.judging, []
 
     def slow(*arguments: Any) -> Any:

@@ -63,9 +63,9 @@ class Block:
     _biases: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def bias(self, shared: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The mask as what is added to scores, [B, 1, shared * n, L], 0 or -inf; None without one.
+        """The mask as what is added to scores, 0 or -inf; None without one. Made once for all layers of a pass.
 
-        `shared` query heads of n queries stand behind each other. Made once for all layers of a pass.
+        [B, 1, shared * n, L], for `shared` query heads of n queries behind each other; [B, 1, 1, L] where n is 1.
         """
         if not isinstance(self.mask, torch.Tensor):
             return None
