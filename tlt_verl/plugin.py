@@ -43,7 +43,7 @@ def verl_plugin() -> None:
 
     if on_cpu_device():
         _guarded(_install_cpu_device)
-    _guarded(_install, verl_early_validation.SEAM, check_run)
+    _guarded(_install, verl_early_validation.SEAM, begin_run)
     later = (
         (verl_rollout_replica, (NAME, _replica_class)),
         (verl_rollout_adapter, (NAME, "tlt_verl.rollout.adapter.TLTAdapter")),
@@ -90,6 +90,20 @@ def raise_failures() -> None:
     """Raise the first failure of the installation, if there was one."""
     if _failures:
         raise RuntimeError(f"tlt_verl could not be installed: {_failures[0]}") from _failures[0]
+
+
+def begin_run(config: Any) -> None:
+    """Check a run that asks for tlt, and guard what it leaves behind. Other runs pass unread.
+
+    Raises:
+        ConfigError, DrafterError, SeamError: names the option, the value and the cure.
+    """
+    from tlt_verl.rollout import checks
+    from tlt_verl.shared_memory.leftovers import guard_run
+
+    if checks.asks_for_tlt(config):
+        check_run(config)
+        guard_run(own_folder=not checks.needs_temporary_folder(config))
 
 
 def check_run(config: Any) -> None:

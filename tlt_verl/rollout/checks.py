@@ -44,6 +44,15 @@ def check_run(config: DictConfig, on_cpu: bool = False) -> TLTConfig:
     return options
 
 
+def needs_temporary_folder(config: DictConfig) -> bool:
+    """Whether something that is to outlive the run may lie in the machine's temporary folder.
+
+    An option may name that folder, and verl keeps its copies of remote models there.
+    """
+    text = OmegaConf.to_yaml(config)
+    return "TMPDIR" in text or "hdfs://" in text
+
+
 def target_config(config: DictConfig) -> dict[str, Any] | None:
     """The target's `config.json`, or None where the model is not a local folder (it is checked once it is there)."""
     path = Path(str(OmegaConf.select(config, "actor_rollout_ref.model.path"))).expanduser() / "config.json"

@@ -32,6 +32,7 @@ from tlt_verl.engine.after_death import remove_after_death
 from tlt_verl.engine.graph_plan import largest
 from tlt_verl.engine.options import TUNER_FILE, EngineOptions
 from tlt_verl.rollout.spot import SpotHost, job_prefix, spot_host
+from tlt_verl.shared_memory.leftovers import guard_run
 from tlt_verl.strategy import OFF
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class TLTHttpServer(SGLangHttpServer):
 
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
         """Launch the engine, with SGLang's plugins loaded before verl builds the arguments that name one of them."""
+        guard_run()  # where the run's own guard does not reach: another node, or a Ray that was there before the run
         load_plugins()
         self._spot: SpotHost | None = None
         options = tlt_config(self.config)

@@ -1,0 +1,1 @@
+"""What processes of one node share, and how it goes when they have gone. Imports nothing of ours."""
