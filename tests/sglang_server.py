@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+
+import engine_logs
+import guard
 
 BOOT_S = 240
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -56,15 +58,15 @@ class Server:
             **(environment or {}),
         }
         self._out = self.log.open("w")
-        self.process = subprocess.Popen(
-            command, env=variables, stdout=self._out, stderr=subprocess.STDOUT, start_new_session=True
+        self._running = guard.start(
+            command, scratch / "left.json", environment=variables, stdout=self._out, stderr=self._out
         )
         self._await_health()
 
     def _await_health(self) -> None:
         deadline = time.monotonic() + BOOT_S
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert self._running.process.poll() is None, self.log.read_text()[-4000:]
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2).read()
                 return
@@ -92,6 +94,7 @@ class Server:
         return target, {name: value for name, value in drafter.items() if not name.endswith(shared)}
 
     def close(self) -> None:
-        os.killpg(self.process.pid, 9)
-        self.process.wait()
+        """Kills it with all that came of it."""
+        self._running.end()
         self._out.close()
+        engine_logs.keep(self.url, self.log.read_text(errors="replace"))

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import psutil
+import engine_logs
+import guard
 
 from tlt_verl.report.console import is_training_step, parse_step
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "integration"
 TLT = "++actor_rollout_ref.rollout.custom.tlt."
+LOOKS_OFTEN = (
+    f"trainer.v1.sampler.custom_sampler.path={ROOT}/scripts/replay_often.py",
+    "trainer.v1.sampler.custom_sampler.name=OftenReplayBuffer",
+)
+"""verl asks ten times a second whether a batch is complete, not every two seconds: for the trainer mode `sync`."""
+
 SPOT = (
     f"{TLT}spot.enable=true",
     f"{TLT}gate.every_s=0.2",
@@ -32,14 +38,14 @@ def run(
     *overrides: str,
     timeout_s: float = 900,
     more: Mapping[str, str] | None = None,
-    before: Sequence[str] = (),
+    shm_size: str = guard.SIZE,
     meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> tuple[list[dict[str, float]], str]:
     """Run the trainer; returns the steps' metrics and the whole output. A run that fails shows its end.
 
     Args:
         more: variables of its environment.
-        before: the command that starts it, which becomes it.
+        shm_size: of the run's own /dev/shm, where the system lets it have one.
         meanwhile: is called once it has started; it grows `task/stdout.log` and `task/stderr.log`.
     """
     environment = {
@@ -71,35 +77,38 @@ def run(
         f"reward.custom_reward_function.path={HERE}/tiny_task.py",
         f"trainer.default_local_dir={task}/checkpoints",
         f"hydra.run.dir={task}/hydra",
+        *([] if any("trainer_mode=" in override for override in overrides) else LOOKS_OFTEN),
     ]
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", str(ROOT / "configs")]
     command += ["--config-name", "smollm2_cpu", *base, *overrides]
-    end = time.monotonic() + timeout_s
     logs = [task / "stdout.log", task / "stderr.log"]
     with logs[0].open("w") as out, logs[1].open("w") as err:
-        process = subprocess.Popen(
-            [*before, *command], cwd=ROOT, env=environment | dict(more or {}), stdout=out, stderr=err
+        running = guard.start(
+            command,
+            task / "left.json",
+            cwd=ROOT,
+            environment=environment | dict(more or {}),
+            stdout=out,
+            stderr=err,
+            shm_size=shm_size,
         )
+        timer = threading.Timer(timeout_s, running.end)
+        timer.start()
         try:
-            meanwhile(process)
-            process.wait(max(0.0, end - time.monotonic()))
+            meanwhile(running.process)
+            status = running.wait()
         finally:
-            _end(process)
-    output = "".join(log.read_text(errors="replace") for log in logs)
-    (task / "output.log").write_text(output)
-    assert process.returncode == 0, output[-6000:]
+            timer.cancel()
+            running.end()
+            output = "".join(log.read_text(errors="replace") for log in logs)
+            (task / "output.log").write_text(output)
+            engine_logs.keep(f"the run in {task}", output)
+    assert status == 0, f"the run ended with {status} (137: killed, after {timeout_s:g} s at most): {output[-6000:]}"
+    left = running.left()
+    assert not left["processes"], f"the run has ended, and these have not: {left['processes']}"
+    assert not [name for name in left["shm"] if name.startswith("tlt-")], f"left in /dev/shm: {left['shm']}"
     steps = [step[1] for line in output.splitlines() if (step := parse_step(line))]
     return [metrics for metrics in steps if is_training_step(metrics)], output
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Kill the run with all that descends from it, where it has not ended."""
-    if process.poll() is None:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.wait(30)
 
 
 def fingerprints(output: str) -> list[str]:
@@ -107,5 +116,5 @@ def fingerprints(output: str) -> list[str]:
 
 
 def assert_logprobs_agree(steps: list[dict[str, float]]) -> None:
-    """fp32 on both sides: every token's probability equal to 1e-4 (issue 3, item 5)."""
+    """fp32 on both sides: every token's probability equal to 1e-4."""
     assert all(step["training/rollout_probs_diff_max"] <= 1e-4 for step in steps)

@@ -175,14 +175,3 @@ class Watched:
                 )
                 writer.write(segment)
             yield
-
-
-def own_shm(size: str) -> list[str]:
-    """How a command is started that has a /dev/shm of its own, of this size; nothing where the system forbids that."""
-    script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
-    for unshare in (["unshare", "-m"], ["unshare", "-Urm"]):
-        command = [*unshare, "sh", "-c", script, "sh"]
-        with contextlib.suppress(FileNotFoundError):
-            if subprocess.run([*command, "true"], capture_output=True, timeout=20).returncode == 0:
-                return command
-    return []

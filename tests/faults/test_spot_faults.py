@@ -18,24 +18,24 @@ from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
+import guard
 import pytest
 import torch
-from injector import COORDINATOR, WORKER, Machine, Watched, own_shm
+from injector import COORDINATOR, WORKER, Machine, Watched
 from random_weights import spread_weights
+from shared_models import once
+from tiny_task import make_model, make_prompts
 from transformers import AutoModelForCausalLM
 from verl_runner import HERE, SPOT, TLT, run
 
 from tlt_verl.board import SpotState
 
-sys.path.insert(0, str(HERE))
-from tiny_task import make_model, make_prompts
-
 pytestmark = pytest.mark.slow
 
 SEED = 5
 PROMPTS, BATCH, SIBLINGS = 16, 8, 2
-KILLS = int(os.environ.get("TLT_TEST_KILLS", "6"))  # of the worker; 20 take six minutes
-COORDINATOR_KILLS = (KILLS // 3, 2 * KILLS // 3)  # before these kills of the worker
+KILLS = 3  # of the worker
+LONG_KILLS = 20
 MOST_S = 3.0  # after a process came up until it is killed
 BEHIND_S = 3600
 SLOW_S = 6
@@ -98,13 +98,15 @@ Records = list[tuple[tuple[int, ...], tuple[int, ...]]]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A target that says something else at every prompt."""
-    folder = tmp_path_factory.mktemp("target") / "model"
-    make_model(folder, tied=False)
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(SEED)
-    spread_weights(target, 0.15)  # no two best tokens are closer than 4e-4, rounding is 1e-6
-    target.save_pretrained(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        make_model(folder, tied=False)
+        target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.manual_seed(SEED)
+        spread_weights(target, 0.15)  # no two best tokens are closer than 4e-4, rounding is 1e-6
+        target.save_pretrained(folder)
+
+    return once(tmp_path_factory, "answering", make)
 
 
 def greedy_run(folder: Path, model: Path, steps: int, *overrides: str, tool_s: float = 1.0, more=None, **options):
@@ -172,9 +174,11 @@ def test_a_changed_token_is_seen(answers):
         assert_same(records[1:], answers, steps)
 
 
-def test_killed_workers_and_coordinators_and_a_loss_that_is_no_number(tmp_path, model, answers):
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(LONG_KILLS, marks=pytest.mark.long)])
+def test_killed_workers_and_coordinators_and_a_loss_that_is_no_number(tmp_path, model, answers, kills):
     """Hidden states that are NaN; then the worker is killed at random moments, the coordinator twice."""
-    steps, rng = 8 + 2 * KILLS, random.Random(SEED)
+    steps, rng = 8 + 2 * kills, random.Random(SEED)
+    coordinator_kills = (kills // 3, 2 * kills // 3)  # before these kills of the worker
     states: Counter[str] = Counter()
 
     def meanwhile(process: subprocess.Popen) -> None:
@@ -184,8 +188,8 @@ def test_killed_workers_and_coordinators_and_a_loss_that_is_no_number(tmp_path, 
             watched.wait_for("the loss", lambda: "(diverged)" in watched.log(), 120)
         watched.wait_for("its metric", lambda: watched.total("tlt/spot/failures/diverged"), 120)
         watched.wait_for_training(1000)
-        for kill in range(KILLS):
-            if kill in COORDINATOR_KILLS:
+        for kill in range(kills):
+            if kill in coordinator_kills:
                 watched.kill(COORDINATOR, rng, MOST_S)
             if kill == 0:  # one of the moments is no luck
                 watched.wait_for("training", lambda: watched.board.state == SpotState.TRAINING, 120)
@@ -206,15 +210,15 @@ def test_killed_workers_and_coordinators_and_a_loss_that_is_no_number(tmp_path, 
 
     assert total("tlt/spot/failures/diverged") >= 1
     assert re.search(r"tlt: the drafter's training pauses for \d+ s \(diverged\): .*nan", log)
-    assert total("tlt/spot/worker_starts") >= KILLS + 1
-    assert total("tlt/spot/host/worker") >= KILLS and total("tlt/spot/host_failures") >= KILLS
-    assert len(re.findall("its worker has ended; another one is started", log)) >= KILLS
-    assert len(re.findall("the spot coordinator is back, at version", log)) == len(COORDINATOR_KILLS)
-    assert total("tlt/spot/host/coordinator") >= len(COORDINATOR_KILLS)
+    assert total("tlt/spot/worker_starts") >= kills + 1
+    assert total("tlt/spot/host/worker") >= kills and total("tlt/spot/host_failures") >= kills
+    assert len(re.findall("its worker has ended; another one is started", log)) >= kills
+    assert len(re.findall("the spot coordinator is back, at version", log)) == len(coordinator_kills)
+    assert total("tlt/spot/host/coordinator") >= len(coordinator_kills)
     assert metrics[-1]["tlt/drafter/version"] >= 1 and metrics[-1]["tlt/draft_share/eagle"] > 0
     assert total("tlt/tap/failures") == 0
     coordinators = set(re.findall(r"\(SpotCoordinator pid=(\d+)\)", log))
-    assert len(coordinators) == 1 + len(COORDINATOR_KILLS), "a coordinator ended that nobody had killed"
+    assert len(coordinators) == 1 + len(coordinator_kills), "a coordinator ended that nobody had killed"
 
 
 def test_a_full_shm_a_disk_that_is_read_only_and_slow_and_a_clock_that_is_set_back(tmp_path, model, answers):
@@ -224,12 +228,12 @@ def test_a_full_shm_a_disk_that_is_read_only_and_slow_and_a_clock_that_is_set_ba
     """
     steps, rng = 16, random.Random(SEED)
     machine = Machine(tmp_path / "machine", "/coordinator", "/tlt_drafter")
-    before = own_shm("300m")
+    private = bool(guard.private_shm("300m"))
 
     def meanwhile(process: subprocess.Popen) -> None:
         watched = Watched(process, tmp_path)
         watched.wait_for_training(seconds=400)
-        if before:
+        if private:
             with watched.full_shm(spared=8 << 20):  # verl's own sync of the weights goes through it too
                 recorded = watched.total("tlt/tap/tokens")
                 watched.kill(WORKER, rng, MOST_S)
@@ -267,7 +271,7 @@ def test_a_full_shm_a_disk_that_is_read_only_and_slow_and_a_clock_that_is_set_ba
         f"+ray_kwargs.ray_init._plasma_directory={tmp_path}",
         tool_s=3,
         meanwhile=meanwhile,
-        before=before,
+        shm_size="300m",
         more=machine.environment,
         timeout_s=900,
     )
@@ -279,7 +283,7 @@ def test_a_full_shm_a_disk_that_is_read_only_and_slow_and_a_clock_that_is_set_ba
     )
     assert missed and max(saved) > max(missed), "no checkpoint of the drafter after those that could not be written"
     assert most_back_s(log) > BEHIND_S / 2, "the log does not say that the clock was set back"
-    assert sum(step["tlt/spot/worker_starts"] for step in metrics) == 2 + bool(before)
+    assert sum(step["tlt/spot/worker_starts"] for step in metrics) == 2 + private
     assert sum(step["tlt/tap/failures"] for step in metrics) == 0
 
 

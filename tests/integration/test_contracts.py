@@ -13,31 +13,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from tlt_verl.patches import all_seams, check_versions, required_seams
 from tlt_verl.patches.seam import Seam, SeamError, Target
 
 SEAMS = [pytest.param(seam, id=seam.name) for seam in all_seams()]
-TARGETS = [
-    pytest.param(seam, target, id=f"{seam.name}-{target.path}") for seam in all_seams() for target in seam.targets
-]
-PARAMETERS = [
-    pytest.param(seam, target, name, id=f"{seam.name}-{target.path}-{name}")
-    for seam in all_seams()
-    for target in seam.targets
-    for name in target.parameters
-]
-SOURCES = [
-    pytest.param(seam, target, text, id=f"{seam.name}-{target.path}-{text[:40]}")
-    for seam in all_seams()
-    for target in seam.targets
-    for text in target.source_contains
-]
 pytestmark = pytest.mark.slow  # importing all of upstream takes its time, once
 PACKAGES = ("mbridge", "megatron-core", "sglang", "verl")
 
@@ -91,58 +77,55 @@ def test_names_are_unique_and_every_seam_says_why():
     assert all(seam.why.endswith(".") and seam.targets and seam.package in PACKAGES for seam in all_seams())
 
 
-# --- a target is renamed, moved or rewritten --------------------------------------------------------------------------
+# --- upstream changes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seam", "target"), TARGETS)
-def test_a_renamed_target_is_noticed(seam: Seam, target: Target, monkeypatch, tmp_path):
-    if is_file(target):
-        mirror(seam, tmp_path, monkeypatch)
-        file_of(target, tmp_path).unlink()
-    else:
-        remove(target, monkeypatch)
-    refuses(seam, target.path, "is gone")
+class Change(NamedTuple):
+    """Something that upstream may do to a seam: what, how to do it, and the parts of the one problem that names it."""
+
+    what: str
+    make: Callable[[pytest.MonkeyPatch, Path], None]
+    says: tuple[str, ...]
 
 
-@pytest.mark.parametrize(("seam", "target", "parameter"), PARAMETERS)
-def test_a_renamed_parameter_is_noticed(seam: Seam, target: Target, parameter: str, monkeypatch):
-    owner, name = owner_of(target)
-    monkeypatch.setattr(owner, name, without_parameter(getattr(owner, name), parameter))
-    refuses(seam, target.path, f"no longer takes {parameter}")
-
-
-@pytest.mark.parametrize(("seam", "target", "text"), SOURCES)
-def test_a_rewritten_line_is_noticed(seam: Seam, target: Target, text: str, monkeypatch, tmp_path):
-    if is_file(target):
-        mirror(seam, tmp_path, monkeypatch)
-        file = file_of(target, tmp_path)
-        source = file.read_text().replace(text, "rewritten")
-        file.unlink()
-        file.write_text(source)
-    else:
-        owner, name = owner_of(target)
-        rewritten, getsource = inspect.unwrap(getattr(owner, name)), inspect.getsource
-        monkeypatch.setattr(
-            inspect,
-            "getsource",
-            lambda asked: getsource(asked).replace(text, "rewritten") if asked == rewritten else getsource(asked),
-        )
-    refuses(seam, target.path, f"no longer contains {text!r}")
-
-
-# --- another version --------------------------------------------------------------------------------------------------
+def changes(seam: Seam) -> Iterator[Change]:
+    """Everything that a seam declares, taken away one at a time: targets, parameters, lines, version, package."""
+    for target in seam.targets:
+        yield Change(f"rename {target.path}", partial(rename, seam, target), (target.path, "is gone"))
+        for parameter in target.parameters:
+            says = (target.path, f"no longer takes {parameter}")
+            yield Change(f"rename {parameter} of {target.path}", partial(rename_parameter, target, parameter), says)
+        for text in target.source_contains:
+            says = (target.path, f"no longer contains {text!r}")
+            yield Change(f"rewrite {text!r} in {target.path}", partial(rewrite, seam, target, text), says)
+    outside = (f"{seam.package} 0.0.1", f"outside the tested range {seam.versions}")
+    yield Change("another version", partial(claim_version, seam.package, "0.0.1"), outside)
+    absent = (f"{seam.package} is not installed", seam.versions)
+    yield Change("no package", partial(claim_version, seam.package, None), absent)
 
 
 @pytest.mark.parametrize("seam", SEAMS)
-def test_a_version_outside_the_range_is_noticed(seam: Seam, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", fake_version(seam.package, "0.0.1"))
-    refuses(seam, f"{seam.package} 0.0.1", f"outside the tested range {seam.versions}")
+def test_a_seam_notices_every_change_to_what_it_declares(seam: Seam, tmp_path: Path):
+    missed = []
+    for number, change in enumerate(changes(seam)):
+        with pytest.MonkeyPatch.context() as patch:
+            change.make(patch, tmp_path / str(number))
+            complaint = unnoticed(seam, change.says)
+        if complaint:
+            missed.append(f"{change.what}: {complaint}")
+    assert not missed, "\n".join(missed)
+    assert seam.problems() == [], "a change was not taken back"
 
 
-@pytest.mark.parametrize("seam", SEAMS)
-def test_a_package_that_is_not_installed_is_noticed(seam: Seam, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", fake_version(seam.package, None))
-    refuses(seam, f"{seam.package} is not installed", seam.versions)
+def test_every_declared_name_is_changed_once():
+    """What the test above loops over: it must not be empty, nor leave out a kind."""
+    found = [change.what for seam in all_seams() for change in changes(seam)]
+    targets = [target for seam in all_seams() for target in seam.targets]
+    declared = sum(1 + len(target.parameters) + len(target.source_contains) for target in targets)
+    assert len(found) == declared + 2 * len(all_seams())
+    print(f"\n{len(found)} changes to {len(all_seams())} seams")
+    for kind in ("rename ", " of ", "rewrite ", "another version", "no package"):
+        assert sum(kind in what for what in found) >= 9, kind
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -160,14 +143,53 @@ def test_a_run_is_refused_for_a_version_only_where_the_package_is_needed(package
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def refuses(seam: Seam, *parts: str) -> None:
-    """One problem, which has these parts; and the error names the seam, the target and the tested versions too."""
+def unnoticed(seam: Seam, parts: tuple[str, ...]) -> str:
+    """Why a change was not noticed as it should be: with one problem, which has these parts, and an error that names
+    the seam, the target and the tested versions too. Empty where it was.
+    """
     problems = seam.problems()
-    assert len(problems) == 1 and all(part in problems[0] for part in parts), problems
-    with pytest.raises(SeamError) as error:
+    if len(problems) != 1 or not all(part in problems[0] for part in parts):
+        return f"the problems are {problems}"
+    try:
         seam.check()
-    text = str(error.value)
-    assert all(part in text for part in (seam.name, *parts, f"{seam.package} {seam.versions}", "tlt-verl doctor")), text
+    except SeamError as error:
+        wanted = (seam.name, *parts, f"{seam.package} {seam.versions}", "tlt-verl doctor")
+        return "" if all(part in str(error) for part in wanted) else f"the error is {error}"
+    return "check() passed"
+
+
+def rename(seam: Seam, target: Target, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    if is_file(target):
+        mirror(seam, folder, patch)
+        file_of(target, folder).unlink()
+    else:
+        remove(target, patch)
+
+
+def rename_parameter(target: Target, parameter: str, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    owner, name = owner_of(target)
+    patch.setattr(owner, name, without_parameter(getattr(owner, name), parameter))
+
+
+def rewrite(seam: Seam, target: Target, text: str, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    if is_file(target):
+        mirror(seam, folder, patch)
+        file = file_of(target, folder)
+        source = file.read_text().replace(text, "rewritten")
+        file.unlink()
+        file.write_text(source)
+        return
+    owner, name = owner_of(target)
+    rewritten, getsource = inspect.unwrap(getattr(owner, name)), inspect.getsource
+    patch.setattr(
+        inspect,
+        "getsource",
+        lambda asked: getsource(asked).replace(text, "rewritten") if asked == rewritten else getsource(asked),
+    )
+
+
+def claim_version(package: str, version: str | None, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr(importlib.metadata, "version", fake_version(package, version))
 
 
 def owner_of(target: Target) -> tuple[Any, str]:

@@ -47,18 +47,21 @@ def make_drafter(target, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory):
+def steps(greedy_models, tmp_path_factory):
     from engine_plugin import write_plugin
     from engine_runner import job, run_engine, speculative
-    from test_greedy_lossless import GREEDY, TIMEOUT_S, make_prompts, make_target
+    from shape_engines import GREEDY, TIMEOUT_S
+    from shared_models import greedy_prompts
+    from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("draft_chain")
-    drafter = make_drafter(make_target(folder / "target"), folder / "drafter")
-    prompts = make_prompts()
+    target = AutoModelForCausalLM.from_pretrained(greedy_models / "target").float().eval()
+    drafter = make_drafter(target, folder / "drafter")
+    prompts = greedy_prompts()
     jobs = [job(prompts[:1], [GREEDY]), job(prompts[1:9], [GREEDY] * 8), job(prompts[9:12], [GREEDY] * 3)]
     shape = {"speculative_num_steps": 5, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 6}
     run_engine(
-        folder / "target",
+        greedy_models / "target",
         jobs,
         timeout_s=TIMEOUT_S,
         plugins=write_plugin(folder / "plugins", "two_chains", Path(__file__).read_text()),

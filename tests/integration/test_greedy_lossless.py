@@ -1,8 +1,9 @@
 """Greedy, float32: a speculating engine answers token for token as SGLang's own engine without speculation.
 
-32 prompts of 128 tokens, chain and tree, 8 requests at a time and one at a time, on a cold cache and on prefix-cache
-hits. The target has no near-ties (its smallest margin is 20 times the rounding of its logits), so that one different
-token is a fault and not noise. The reference is stock attention (torch_native) and stock decoding.
+32 prompts of 128 tokens, chain, tree and another strategy at every step, 8 requests at a time and one at a time, on a
+cold cache and on prefix-cache hits. The target has no near-ties (its smallest margin is 20 times the rounding of its
+logits), so that one different token is a fault and not noise. The reference is stock attention (torch_native) and stock
+decoding. Held fixed here: EOS is ignored, nothing is retracted, one rank.
 
 What it would catch: a draft accepted that is not the argmax, a wrong tree mask or position, cache rows of refused
 drafts that stay behind or are moved wrongly, prefixes that are read from the wrong slots, and requests that mix.
@@ -14,98 +15,27 @@ import copy
 
 import pytest
 import torch
-from engine_runner import CHAIN, SWITCHING, TREE, job, rounding, run_engine, speculative
-from fitted_drafter import fit_drafter
-from random_weights import spread_weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from engine_runner import job, rounding, run_engine
+from shape_engines import GREEDY, TIMEOUT_S, TOKENS
+from shared_models import greedy_prompts
 
 pytestmark = pytest.mark.slow
 
-VOCAB, TOKENS, TIMEOUT_S = 512, 128, 600
-SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE, "switching at every step": SWITCHING}
 NEAR_TIE = rounding(0.0)
 """A response is compared up to where two logits are closer than this: in float32 to its end."""
-GREEDY = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
-
-
-def make_target(folder):
-    """Nine query heads and three key/value heads, as SmolLM2 has them."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=144,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    spread_weights(model, 0.05)
-    model.save_pretrained(folder)
-    return model
-
-
-def make_prompts():
-    """32 prompts of 20 to 35 tokens: four families of eight that share their first 16."""
-    generator = torch.Generator().manual_seed(5)
-    families = torch.randint(0, VOCAB, (4, 16), generator=generator).tolist()
-    own = [torch.randint(0, VOCAB, (4 + i % 16,), generator=generator).tolist() for i in range(32)]
-    return [families[i % 4] + own[i] for i in range(32)]
-
-
-def jobs_of(prompts):
-    """Eight at a time on a cold cache, then one at a time and eight at a time again, both on hits."""
-    eights = [job(prompts[i : i + 8], [GREEDY] * 8) for i in range(0, 32, 8)]
-    ones = [job([prompt], [GREEDY]) for prompt in prompts]
-    return {"batch 8": eights, "batch 1, cached": ones, "batch 8, cached": eights}
-
-
-def run(folder, runs, **options):
-    """The answers of each run, its jobs joined: the fields of all 32 prompts in order."""
-    answers = iter(
-        run_engine(folder / "target", [each for jobs in runs.values() for each in jobs], timeout_s=TIMEOUT_S, **options)
-    )
-    joined = {}
-    for name, jobs in runs.items():
-        parts = [next(answers) for _ in jobs]
-        joined[name] = {field: [value for part in parts for value in part[field]] for field in parts[0]}
-    return joined
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("greedy")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return make_target(folder / "target")
-
-
-@pytest.fixture(scope="module")
-def drafter(model, folder):
-    return fit_drafter(model, folder / "drafter")
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    return make_prompts()
+    return greedy_prompts()
 
 
 @pytest.fixture(scope="module")
-def reference(model, folder, prompts):
+def reference(greedy_models, prompts):
     """32 x 128 tokens of the stock engine without speculation."""
-    runs = {"batch 8": jobs_of(prompts)["batch 8"]}
-    return run(folder, runs, attention_backend="torch_native")["batch 8"]["output_ids"]
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def tlt(request, folder, drafter, prompts):
-    return run(folder, jobs_of(prompts), **speculative("TLT", SHAPES[request.param], drafter))
+    jobs = [job(prompts[i : i + 8], [GREEDY] * 8) for i in range(0, 32, 8)]
+    answers = run_engine(greedy_models / "target", jobs, timeout_s=TIMEOUT_S, attention_backend="torch_native")
+    return [output for answer in answers for output in answer["output_ids"]]
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +68,20 @@ def test_the_target_has_no_near_ties(model, prompts, reference, compared):
 
 
 @pytest.mark.parametrize("name", ["batch 8", "batch 1, cached", "batch 8, cached"])
-def test_every_token_is_the_one_without_speculation(tlt, reference, compared, name):
-    found = tlt[name]["output_ids"]
+def test_every_token_is_the_one_without_speculation(engine, reference, compared, name):
+    found = engine.joined(name, "output_ids")
     assert len(found) == 32 and all(len(output) == TOKENS for output in found)
     different = [i for i, count in enumerate(compared) if found[i][:count] != reference[i][:count]]
     assert not different, f"prompts {different}; first: {found[different[0]]} instead of {reference[different[0]]}"
 
 
 @pytest.mark.parametrize("name", ["batch 1, cached", "batch 8, cached"])
-def test_the_cached_runs_read_their_prefix_from_the_cache(tlt, name):
-    assert min(tlt[name]["cached_tokens"]) >= 16
+def test_the_cached_runs_read_their_prefix_from_the_cache(engine, name):
+    assert min(engine.joined(name, "cached_tokens")) >= 16
 
 
 @pytest.mark.parametrize("name", ["batch 8", "batch 1, cached", "batch 8, cached"])
-def test_drafts_are_accepted(tlt, name):
-    length = 1 + sum(tlt[name]["spec_num_correct_drafts"]) / sum(tlt[name]["spec_verify_ct"])
+def test_drafts_are_accepted(engine, name):
+    length = 1 + sum(engine.joined(name, "spec_num_correct_drafts")) / sum(engine.joined(name, "spec_verify_ct"))
     print(f"\n{name}: accept length {length:.2f}")
     assert length > 1.5, "too few drafts are accepted to test acceptance"

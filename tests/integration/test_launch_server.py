@@ -4,7 +4,6 @@ Would catch: a plugin that is not loaded by the command line, a drafter that is 
 abort or retraction, weights of an update that reach the drafter or leave its shared head behind.
 """
 
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,14 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sglang_server import Server
+from tiny_task import make_model
 from transformers import AutoModelForCausalLM
 
 from tlt_verl.engine.options import EngineOptions
 from tlt_verl.fingerprint import fingerprints
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from tiny_task import make_model  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

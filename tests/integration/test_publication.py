@@ -7,66 +7,19 @@ a hot vocabulary whose ids and head rows do not belong together.
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
-from engine_runner import CHAIN, job, run_engine, speculative
-from fitted_drafter import fit_drafter
-from safetensors.torch import load_file, save_file
-from test_greedy_lossless import make_prompts, make_target
+from shape_engines import ABSENT, GOOD, HOT, LONG_TOKENS, MISSING, NAN, SHAPE, WITH_PUBLICATIONS
 
-from tlt_verl.drafter import make_drafter
-from tlt_verl.engine.options import EngineOptions
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("engine", [WITH_PUBLICATIONS], indirect=True)]
 
-pytestmark = pytest.mark.slow
-
-TOKENS, TIMEOUT_S = 300, 300
-GREEDY = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
-GOOD, NAN, MISSING, SHAPE, ABSENT, HOT = 1, 2, 3, 4, 5, 6
+SECTIONS = ("untrained", "published", "broken", "after broken", "hot", "after hot")
 
 
-def variant(fitted, folder, change=None, hot=None):
-    """A copy of the fitted drafter whose tensors `change` has been given."""
-    shutil.copytree(fitted, folder)
-    tensors = load_file(folder / "model.safetensors")
-    if change is not None:
-        change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    if hot is not None:
-        torch.save(hot, folder / "hot_tokens.pt")
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "hot_vocab_size": len(hot)}))
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+@pytest.fixture
+def answers(engine):
     """An engine with an untrained drafter: plain decoding, then the publications, then decoding with what serves."""
-    folder = tmp_path_factory.mktemp("publication")
-    model = make_target(folder / "target")
-    fitted = fit_drafter(model, folder / "fitted")
-    made = make_drafter(folder / "target", folder / "made")
-    versions = folder / "versions"
-    versions.mkdir()
-    variant(fitted, versions / f"v{GOOD}")
-    variant(fitted, versions / f"v{NAN}", lambda t: t["fc.weight"][3].fill_(torch.nan))
-    variant(fitted, versions / f"v{MISSING}", lambda t: t.pop("layers.0.mlp.up_proj.weight"))
-    variant(fitted, versions / f"v{SHAPE}", lambda t: t.update({"fc.bias": torch.zeros(7)}))
-    variant(fitted, versions / f"v{HOT}", hot=list(range(0, 512, 2)))
-    prompts = make_prompts()[:8]
-    environment: dict[str, str] = {}
-    EngineOptions(publications=str(versions)).export(environment)
-    jobs = [
-        job(prompts, [GREEDY] * 8),
-        job(prompts, [GREEDY] * 8, publish=[GOOD]),
-        job(prompts, [GREEDY] * 8, publish=[NAN, MISSING, SHAPE, ABSENT]),
-        job(prompts, [GREEDY] * 8),
-        job(prompts, [GREEDY] * 8, publish=[HOT]),
-        job(prompts, [GREEDY] * 8),
-    ]
-    options = speculative("TLT", CHAIN, made)
-    return run_engine(folder / "target", jobs, timeout_s=TIMEOUT_S, environment=environment, **options)
+    return [engine.answers[section][0] for section in SECTIONS]
 
 
 def test_an_untrained_drafter_is_not_drafted_with_until_one_is_published(answers):
@@ -79,7 +32,7 @@ def test_an_untrained_drafter_is_not_drafted_with_until_one_is_published(answers
 
 
 def test_greedy_text_is_the_same_before_across_and_after_publications(answers):
-    assert all(len(tokens) == TOKENS for tokens in answers[0]["output_ids"])
+    assert all(len(tokens) == LONG_TOKENS for tokens in answers[0]["output_ids"])
     for answer in answers[1:]:
         calls = len(answer["output_ids"]) // 8
         assert calls >= 1 and answer["output_ids"] == answers[0]["output_ids"] * calls
@@ -90,7 +43,7 @@ def test_publications_come_while_requests_are_in_flight(answers):
     counters = ("spec_num_correct_drafts", "spec_verify_ct")
     accepted, verified = (torch.tensor(answers[1][name][:8]) for name in counters)
     drafted = accepted + verified
-    assert (drafted > 0).all() and (drafted < TOKENS - 5).all(), drafted
+    assert (drafted > 0).all() and (drafted < LONG_TOKENS - 5).all(), drafted
 
 
 @pytest.mark.parametrize(

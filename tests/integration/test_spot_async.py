@@ -10,12 +10,11 @@ import sys
 from itertools import pairwise
 
 import pytest
-from verl_runner import HERE, ROOT, SPOT, TLT, assert_logprobs_agree, fingerprints, run
+from shared_models import task_model
+from tiny_task import make_prompts
+from verl_runner import ROOT, SPOT, TLT, assert_logprobs_agree, fingerprints, run
 
 from tlt_verl.report.timeline import Timeline, overlap_s, read_events
-
-sys.path.insert(0, str(HERE))
-from tiny_task import make_model, make_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +42,8 @@ FSDP2 = (
 
 
 @pytest.fixture
-def task(tmp_path):
-    make_model(tmp_path / "model")
+def task(tmp_path, tmp_path_factory):
+    (tmp_path / "model").symlink_to(task_model(tmp_path_factory) / "model")
     make_prompts(tmp_path / "prompts.parquet")
     return tmp_path
 

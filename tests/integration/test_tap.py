@@ -1,7 +1,7 @@
 """The tap in a real engine: every kept token once, under its position, with the hidden state that the target has there.
 
 The reference is a fresh forward pass of the Hugging Face model over prompt and response. One engine a shape of drafts;
-its jobs share prefixes (32 prompts in families, each family again on prefix-cache hits), prefill in chunks, are
+these jobs share prefixes (32 prompts in families, each family again on prefix-cache hits), prefill in chunks, are
 retracted and run again every few steps, are aborted, stop in the middle of an accepted chain, and go on with drafting
 turned off and on again.
 
@@ -12,85 +12,20 @@ with the hidden state of another request, tokens behind the end of a response, l
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 
 import pytest
 import torch
-from engine_runner import CHAIN, TREE, job, rounding, run_engine, speculative
-from fitted_drafter import fit_drafter
-from test_greedy_lossless import VOCAB, make_target
-
-from tlt_verl.engine.options import EngineOptions
-from tlt_verl.segments import find_rings
+from engine_runner import rounding
+from shape_engines import CHUNK
 
 pytestmark = pytest.mark.slow
 
-CHUNK, TIMEOUT_S = 24, 600
-ABORTS_S = (0.05, 0.12, 0.2, 0.3)  # some requests are running then, others wait after a retraction
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
-SAMPLED = {"temperature": 1.0, "ignore_eos": True}
-SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE}
 
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tap")
-    model = make_target(folder / "target")
-    fit_drafter(model, folder / "drafter")
-    return model, folder
-
-
-def jobs() -> list[dict]:
-    generator = torch.Generator().manual_seed(3)
-    families = torch.randint(0, VOCAB, (4, 20), generator=generator).tolist()
-    own = [torch.randint(0, VOCAB, (3 + i % 40,), generator=generator).tolist() for i in range(32)]
-    prompts = [families[i % 4] + own[i] for i in range(32)]
-    lengths = [8 + 5 * (i % 9) for i in range(32)]
-
-    def batch(base: dict, begin: int, end: int, **more):
-        return job(prompts[begin:end], [{**base, "max_new_tokens": n} for n in lengths[begin:end]], **more)
-
-    stopping = [{"temperature": 1.0, "max_new_tokens": 60, "stop_token_ids": list(range(0, VOCAB, 16))}] * 8
-    return [
-        batch(SAMPLED, 0, 16, logprobs=True),
-        batch(GREEDY, 16, 32),
-        batch(SAMPLED, 0, 16),  # on prefix-cache hits
-        batch(SAMPLED, 16, 24, commands={"drafting": 0}, logprobs=True),
-        batch(SAMPLED, 24, 32, commands={"drafting": 1}),
-        job(prompts[:8], stopping, logprobs=True),
-        *[job(prompts[8:16], [{**SAMPLED, "max_new_tokens": 420}] * 8, abort_after_s=s) for s in ABORTS_S],
-        batch(GREEDY, 0, 8),  # behind it, what was aborted is in the ring
-    ]
-
-
-@pytest.fixture(scope="module", params=list(SHAPES))
-def recorded(request, target):
+@pytest.fixture(scope="session")
+def recorded(engine):
     """(jobs, answers, segments by request) of one shape of drafts."""
-    _, folder = target
-    saved = folder / f"segments-{request.param.split()[0]}.pt"
-    name = f"test-tap-{request.param.split()[0]}"
-    options = EngineOptions(tap=name, tap_bytes=32 << 20)
-    environment = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
-    options.export(environment)
-    asked = jobs()
-    answers = run_engine(
-        folder / "target",
-        asked,
-        timeout_s=TIMEOUT_S,
-        environment=environment,
-        segments=(name, saved),
-        chunked_prefill_size=CHUNK,
-        **speculative("TLT", SHAPES[request.param], folder / "drafter"),
-    )
-    deadline = time.monotonic() + 10
-    while find_rings(name) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not find_rings(name), "the engine left its ring behind"
-    segments = defaultdict(list)
-    for segment in torch.load(saved):
-        segments[segment["request_id"]].append(segment)
-    return asked, answers, segments
+    return engine.asked["tap"], engine.answers["tap"], engine.segments
 
 
 def requests(recorded):
@@ -117,7 +52,7 @@ def accepted(prompt: list[int], answered: list[int], segments: list[dict]) -> li
 
 
 def test_what_should_have_happened_did(recorded):
-    asked, answers, segments = recorded
+    asked, answers, _ = recorded
     assert sum(answers[2]["cached_tokens"]) > 16 * 16, "no prefix-cache hits"
     assert any(len(prompt) > CHUNK for prompt in asked[0]["prompts"])
     assert sum(answers[3]["spec_verify_ct"]) == 0, "drafting was not off"
@@ -125,7 +60,10 @@ def test_what_should_have_happened_did(recorded):
     assert sum(answers[0]["spec_num_correct_drafts"]) > 0.2 * sum(answers[0]["spec_verify_ct"])
     assert "stop" in answers[5]["finish"]
     assert "abort" in [finish for answer in answers[6:-1] for finish in answer["finish"]]
-    state = answers[-1]["state"][0]
+
+
+def test_nothing_is_lost_or_counted_wrongly_in_the_whole_engine(engine):
+    segments, state = engine.segments, engine.states["end"]
     assert state["tap"]["failures"] == 0 and state["tap"]["dropped"] == 0
     assert state["tap"]["skipped"] > 100, "nothing was computed again: no retraction happened"
     assert state["tap"]["tokens"] == sum(len(s["tokens"]) for group in segments.values() for s in group) > 1000
@@ -150,8 +88,7 @@ def test_every_kept_token_is_recorded_once_under_its_position(recorded):
     assert kept >= 1000 and whole >= 4, "prompts are recorded too, but for what came from the prefix cache"
 
 
-def test_hidden_states_are_the_targets(recorded, target):
-    model, _ = target
+def test_hidden_states_are_the_targets(recorded, model):
     worst = 0.0
     for prompt, response, _, segments, _ in requests(recorded):
         with torch.no_grad():

@@ -6,26 +6,20 @@ a checkpoint that does not come back, metrics that are not in verl's log.
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from fitted_drafter import fit_drafter
-from transformers import AutoModelForCausalLM
-from verl_runner import HERE, TLT, assert_logprobs_agree, fingerprints, run
-
-sys.path.insert(0, str(HERE))
-from tiny_task import make_model, make_prompts
+from shared_models import task_model
+from tiny_task import make_prompts
+from verl_runner import TLT, assert_logprobs_agree, fingerprints, run
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("verl")
-    make_model(folder / "model")
-    fit_drafter(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), folder / "drafter")
+@pytest.fixture
+def task(tmp_path, tmp_path_factory):
+    folder = tmp_path
+    for name in ("model", "drafter"):
+        (folder / name).symlink_to(task_model(tmp_path_factory) / name)
     make_prompts(folder / "prompts.parquet")
     loops = "- name: two_turns\n  _target_: tiny_task.TwoTurns\n"
     loops += "- name: publishes_once\n  _target_: tiny_task.PublishesOnce\n"
@@ -90,7 +84,7 @@ def test_a_tuner_chooses_among_strategies_and_what_it_learnt_comes_back(task):
 
 
 def test_two_replicas_serve_a_data_parallel_policy(task):
-    """DP=2 and two engines: every rank drains the weights, each replica gets all of them (issue 3, item 7)."""
+    """DP=2 and two engines: every rank drains the weights, each replica gets all of them."""
     tap = "+actor_rollout_ref.rollout.custom.tlt.tap.enable=true"
     steps, output = run(task, "trainer.total_training_steps=3", "trainer.n_gpus_per_node=2", tap)
     assert len(steps) == 3
@@ -118,4 +112,3 @@ def test_a_drafter_is_published_in_a_run_and_the_tap_records(task):
     assert first["tlt/tap/failures"] == first["tlt/tap/dropped"] == first["tlt/drafter/rejected"] == 0
     assert_logprobs_agree(steps)
     assert len(fingerprints(output)) == 3
-    assert not list(Path("/dev/shm").glob("tlt-*.ring")), "the run left a ring behind"

@@ -16,13 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from sglang_server import Server
+from tiny_task import make_model, make_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tlt_verl.drafter import check_drafter
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from tiny_task import make_model, make_prompts  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

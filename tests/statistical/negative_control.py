@@ -1,10 +1,14 @@
 """A plugin of SGLang for the negative control: stock EAGLE on a CPU takes the sampling branch of its verification.
 
 On a CPU stock verification takes the argmax; on CUDA it samples, cutting by top-k and top-p one after the other. This
-opens that branch on a CPU machine, for the control only: nothing of tlt_verl knows of it.
+opens that branch on a CPU machine while a file is there, for the control only: nothing of tlt_verl knows of it.
 """
 
 from __future__ import annotations
+
+import os
+
+SWITCH = "TLT_TEST_SWITCH"  # names the file; as in engine_runner, which makes and removes it
 
 
 def install() -> None:
@@ -13,7 +17,7 @@ def install() -> None:
     from sglang.srt.speculative import eagle_utils
 
     def eagle_sample(original, *args, **kwargs):
-        eagle_utils._is_cpu = False
+        eagle_utils._is_cpu = not os.path.exists(os.environ[SWITCH])
         try:
             return original(*args, **kwargs)
         finally:

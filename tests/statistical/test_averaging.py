@@ -1,4 +1,4 @@
-"""Two workers whose copies are averaged, against one worker, at equal total tokens (issue 5, item 7).
+"""Two workers whose copies are averaged, against one worker, at equal total tokens.
 
 The real trainer and the real master, on a made target: a fixed Markov chain of order 2 over 100 tokens, whose features
 are a fixed function of the last two tokens and whose head gives the chain's own probabilities. Seeds are fixed, so a

@@ -1,12 +1,13 @@
 """Through the real engine, the tokens of a speculating request follow the target's distribution exactly.
 
-The joint distribution of the first tokens of a request, from at least 20,000 samples a case, against the exact one by
-chi-square. The first token comes from the prefill, all others from verification; tokens 3 to 5 need accepted drafts of
-every depth. Each result prints the smallest departure that it would have seen: with 20,000 samples, at a significance
-of 2e-5, any distribution at a total variation of 0.054 or more from the exact one (0.032 with top-k and top-p) fails
-with a probability of at least 0.99; with the 4,096 of a penalised case, of 0.1. There are 35 such tests: a right engine
-fails the file less than once in 1,000. Engines are seeded and get each batch whole, so a result is the same in every
-run.
+The joint distribution of the first tokens of a request, from 20,000 samples a case, against the exact one by
+chi-square. The short form takes as many at temperature 1 and with top-k and top-p, for each shape, and 5,000 in the
+other cases (`-m long`: in all of them). The first token comes from the prefill, all others from verification; tokens 3
+to 5 need accepted drafts of every depth. Each result prints the smallest departure that it would have seen: with 20,000
+samples, at a significance of 2e-5, any distribution at a total variation of 0.054 or more from the exact one (0.032
+with top-k and top-p) fails with a probability of at least 0.99; with 4,096 or 5,000, of 0.1. There are 41 such tests
+(82 with the long forms): a right engine fails the file less than once in 600. Engines are seeded and get each batch
+whole, so a result is the same in every run. Held fixed here: EOS is ignored, a vocabulary of 12, one rank.
 
 What it would catch: argmax in place of sampling, cuts in another order or another set, a draft that is accepted more
 often than the target wills, a bonus token from the wrong node, wrong tree masks, positions or cache rows, and
@@ -25,10 +26,12 @@ import pytest
 import torch
 from chi_square import ALPHA, chi_square
 from engine_plugin import write_plugin
-from engine_runner import CHAIN, SWITCHING, TREE, job, rounding, run_engine, speculative
+from engine_runner import CHAIN, SWITCH, SWITCHING, TREE, job, rounding, run_engine, speculative
 from exact import ExactTarget, sequence_logprobs
 from fitted_drafter import fit_drafter
+from shared_models import once
 from small_model import make_target
+from transformers import AutoModelForCausalLM
 
 from tlt_verl.drafter import HOT_TOKENS
 
@@ -38,8 +41,10 @@ PROMPT = [1, 5, 7, 2, 9, 3]
 SHAPES = {"chain 3x1@4": CHAIN, "tree 3x2@6": TREE, "switching at every step": SWITCHING}
 TIMEOUT_S = 600
 HOT = [1, 2, 4, 7, 8, 10]
-SAMPLES, CALLS = 20000, 10
-FEWER, FEWER_CALLS = 4096, 4  # where 20,000 are not asked for
+SAMPLES, FEWER, CALLS = 20000, 5000, 10
+PENALISED_SAMPLES, PENALISED_CALLS = 4096, 4  # where 20,000 are not asked for
+WHOLE = ("T=1", "top_k=6, top_p=0.8, T=0.8")
+"""Cases with all samples in the short form, too."""
 
 PLAIN = {
     "T=1": {"temperature": 1.0, "max_new_tokens": 5},
@@ -95,37 +100,63 @@ def equally(cases: Mapping[str, Any], samples: int, calls: int) -> dict[str, int
     return dict.fromkeys(cases, samples // calls)
 
 
-BATCHES = {
-    "plain": Batch.of(PLAIN, equally(PLAIN, SAMPLES, CALLS), calls=CALLS),
-    "cut": Batch.of(
-        CUT | {"greedy": GREEDY},
-        equally(CUT, SAMPLES, CALLS) | {"min_p=0.1": 2 * FEWER // CALLS, "greedy": 8},
-        calls=CALLS,
-    ),
-    "penalised": Batch.of(PENALISED, equally(PENALISED, FEWER, FEWER_CALLS), calls=FEWER_CALLS),
-    "scored": Batch.of(
-        {name: params | {"max_new_tokens": 12} for name, params in SCORED.items()},
-        dict.fromkeys(SCORED, 32),
-        logprobs=True,
-    ),
-}
+def batches(fewer: int) -> dict[str, Batch]:
+    """What an engine of each shape runs, with `fewer` samples of the cases that are not `WHOLE`."""
+    counts = {name: (SAMPLES if name in WHOLE else fewer) // CALLS for name in PLAIN | CUT}
+    counts["min_p=0.1"] = min(2 * PENALISED_SAMPLES, fewer) // CALLS
+    return {
+        "plain": Batch.of(PLAIN, counts, calls=CALLS),
+        "cut": Batch.of(CUT | {"greedy": GREEDY}, counts | {"greedy": 8}, calls=CALLS),
+        "penalised": Batch.of(PENALISED, equally(PENALISED, PENALISED_SAMPLES, PENALISED_CALLS), calls=PENALISED_CALLS),
+        "scored": Batch.of(
+            {name: params | {"max_new_tokens": 12} for name, params in SCORED.items()},
+            dict.fromkeys(SCORED, 32),
+            logprobs=True,
+        ),
+    }
+
+
+BATCHES, LONG_BATCHES = batches(FEWER), batches(SAMPLES)
 JOINT_ALONE = Batch.of({JOINT: CUT[JOINT]}, {JOINT: 2048}, calls=4)
 T1_ALONE = Batch.of({"T=1": {"temperature": 1.0}}, {"T=1": 2048}, calls=4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("lossless")
+class Ran(NamedTuple):
+    """What an engine of the algorithm TLT was asked and answered, by the batch's name.
+
+    `hot` is the batch `plain`, with the drafter that it began with, which knows half of the vocabulary and cannot
+    propose the rest; the others had the whole one, published in between.
+    """
+
+    batches: dict[str, Batch]
+    answers: dict[str, dict[str, list[Any]]]
+
+    def outputs(self, batch: str, name: str, field: str = "output_ids") -> list[Any]:
+        """A field of every request of a case."""
+        return self.batches[batch].outputs(self.answers[batch], name, field)
+
+    def accept_length(self, batch: str, name: str) -> float:
+        """Tokens a verification, from the engine's own counters."""
+        drafts = sum(self.outputs(batch, name, "spec_num_correct_drafts"))
+        return 1 + drafts / sum(self.outputs(batch, name, "spec_verify_ct"))
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return make_target(folder / "target")
+def models(tmp_path_factory):
+    """The folder with `target`, `drafter`, `hot`, which drafts from half of the vocabulary, and `versions/v1`."""
+
+    def make(folder: Path) -> None:
+        fit_drafter(make_target(folder / "target"), folder / "drafter")
+        shutil.copytree(folder / "drafter", folder / "hot")
+        torch.save(HOT, folder / "hot" / HOT_TOKENS)
+        shutil.copytree(folder / "drafter", folder / "versions" / "v1")
+
+    return once(tmp_path_factory, "sampled", make)
 
 
 @pytest.fixture(scope="module")
-def drafter(model, folder):
-    return fit_drafter(model, folder / "drafter")
+def model(models):
+    return AutoModelForCausalLM.from_pretrained(models / "target").float().eval()
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +164,28 @@ def exact(model):
     return ExactTarget(model, PROMPT)
 
 
-def run(folder, batches, **options):
-    """The answer to each batch, from one engine. With a tokenizer, for `min_new_tokens`."""
-    jobs = [batch.job for batch in batches]
+def run(models, jobs, **options):
+    """The answer to each job, from one engine. With a tokenizer, for `min_new_tokens`."""
     more = {"skip_tokenizer_init": False, "max_running_requests": 512, "disable_radix_cache": True}  # for speed
-    return run_engine(folder / "target", jobs, timeout_s=TIMEOUT_S, **more, **options)
+    return run_engine(models / "target", jobs, timeout_s=TIMEOUT_S, **more, **options)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def tlt(request, folder, drafter):
-    """The answers of an engine with the algorithm TLT, by the batch's name."""
-    answers = run(folder, BATCHES.values(), **speculative("TLT", SHAPES[request.param], drafter))
-    return dict(zip(BATCHES, answers, strict=True))
+FORMS = [*SHAPES, *(pytest.param(f"{shape}, long", marks=pytest.mark.long) for shape in SHAPES)]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def tlt(request, models):
+    """The engine of one shape: the hot drafter, then the whole one, published while requests are in flight."""
+    shape, _, long = request.param.partition(", ")
+    asked = LONG_BATCHES if long else BATCHES
+    asked = {"hot": asked["plain"], **asked}
+    publish = job([PROMPT] * 4, [{"temperature": 1.0, "max_new_tokens": 64, "ignore_eos": True}] * 4, publish=[1])
+    first, *names = asked
+    jobs = [asked[first].job, publish, *(asked[name].job for name in names)]
+    options = speculative("TLT", SHAPES[shape], models / "hot", publications=str(models / "versions"))
+    hot, published, *answers = run(models, jobs, **options)
+    assert published["publications"][0][0]["reason"] is None
+    return Ran(asked, dict(zip(asked, [hot, *answers], strict=True)))
 
 
 def compared(outputs, exact, params, first=0, last=3):
@@ -156,49 +197,41 @@ def compared(outputs, exact, params, first=0, last=3):
     return result
 
 
-def accept_length(batch, answer, name):
-    """Tokens a verification, from the engine's own counters."""
-    drafts = sum(batch.outputs(answer, name, "spec_num_correct_drafts"))
-    return 1 + drafts / sum(batch.outputs(answer, name, "spec_verify_ct"))
-
-
 @pytest.mark.parametrize("name", PLAIN | CUT)
 def test_first_three_tokens_follow_the_exact_distribution(tlt, exact, name):
     batch = "plain" if name in PLAIN else "cut"
-    outputs = BATCHES[batch].outputs(tlt[batch], name)
-    assert len(outputs) >= (20000 if name != "min_p=0.1" else 8000)
+    outputs = tlt.outputs(batch, name)
+    assert len(outputs) >= (SAMPLES if name in WHOLE else FEWER)
     assert compared(outputs, exact, CASES[name]).p > ALPHA
-    length = accept_length(BATCHES[batch], tlt[batch], name)
+    length = tlt.accept_length(batch, name)
     print(f"accept length {length:.2f}")
     assert length >= 1.3, "too few drafts are accepted to test acceptance"
 
 
 def test_later_tokens_follow_the_exact_distribution(tlt, exact):
-    outputs = BATCHES["plain"].outputs(tlt["plain"], "T=1")
+    outputs = tlt.outputs("plain", "T=1")
+    assert len(outputs) >= SAMPLES
     assert compared(outputs, exact, CASES["T=1"], first=2, last=5).p > ALPHA
 
 
 @pytest.mark.parametrize("name", PENALISED)
 def test_penalised_requests_follow_the_exact_distribution_in_a_mixed_batch(tlt, exact, name):
-    outputs = BATCHES["penalised"].outputs(tlt["penalised"], name)
-    assert compared(outputs, exact, CASES[name], *SPANS.get(name, ())).p > ALPHA
+    assert compared(tlt.outputs("penalised", name), exact, CASES[name], *SPANS.get(name, ())).p > ALPHA
 
 
 def test_unpenalised_requests_are_drafted_for_beside_penalised_ones(tlt):
-    assert accept_length(BATCHES["penalised"], tlt["penalised"], "unpenalised") >= 1.3
+    assert tlt.accept_length("penalised", "unpenalised") >= 1.3
 
 
 def test_greedy_requests_stay_greedy_beside_sampled_ones(tlt, model):
     inputs = torch.tensor([PROMPT])
     wanted = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=12, min_new_tokens=12)
-    outputs = BATCHES["cut"].outputs(tlt["cut"], "greedy")
-    assert outputs == [wanted[0, len(PROMPT) :].tolist()] * (8 * CALLS)
+    assert tlt.outputs("cut", "greedy") == [wanted[0, len(PROMPT) :].tolist()] * (8 * CALLS)
 
 
 @pytest.mark.parametrize("name", SCORED)
 def test_logprobs_are_the_targets_at_the_sampling_temperature(tlt, model, name):
-    outputs = BATCHES["scored"].outputs(tlt["scored"], name)
-    found = BATCHES["scored"].outputs(tlt["scored"], name, "logprobs")
+    outputs, found = tlt.outputs("scored", name), tlt.outputs("scored", name, "logprobs")
     params = SCORED[name] | ({"temperature": 1.0} if name == "greedy" else {})
     for output, logprobs in zip(outputs, found, strict=True):
         wanted = sequence_logprobs(model, PROMPT, output, params)
@@ -206,31 +239,22 @@ def test_logprobs_are_the_targets_at_the_sampling_temperature(tlt, model, name):
         torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, rtol=0, atol=rounding(1e-4))
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def hot(request, folder, drafter):
-    """The answers of an engine whose drafter knows half of the vocabulary and cannot propose the rest."""
-    reduced = folder / f"hot-{request.param.split()[0]}"
-    shutil.copytree(drafter, reduced)
-    torch.save(HOT, reduced / HOT_TOKENS)
-    (answer,) = run(folder, [BATCHES["plain"]], **speculative("TLT", SHAPES[request.param], reduced))
-    return answer
-
-
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_hot_vocabulary_changes_what_is_drafted_and_nothing_else(hot, exact, name):
-    outputs = BATCHES["plain"].outputs(hot, name)
-    assert len(outputs) >= 20000
+def test_a_hot_vocabulary_changes_what_is_drafted_and_nothing_else(tlt, exact, name):
+    outputs = tlt.outputs("hot", name)
+    assert len(outputs) >= (SAMPLES if name in WHOLE else FEWER)
     assert compared(outputs, exact, CASES[name]).p > ALPHA
     assert {token for output in outputs for token in output} > set(HOT), "only hot tokens came out"
-    length = accept_length(BATCHES["plain"], hot, name)
+    length = tlt.accept_length("hot", name)
     print(f"accept length {length:.2f} with a vocabulary of {len(HOT)}")
     assert length >= 1.1, "too few drafts are accepted to test acceptance"
+    assert length < tlt.accept_length("plain", name), "the whole vocabulary was not published"
 
 
 @pytest.fixture(scope="module")
-def plain(folder, model):
+def plain(models):
     """The answers of an engine without speculation: penalised requests, and top-k with top-p."""
-    return run(folder, [BATCHES["penalised"], JOINT_ALONE], attention_backend="tlt_cpu")
+    return run(models, [BATCHES["penalised"].job, JOINT_ALONE.job], attention_backend="tlt_cpu")
 
 
 @pytest.mark.parametrize("name", PENALISED)
@@ -243,21 +267,25 @@ def test_the_exact_distribution_is_the_engines_own_with_top_k_and_top_p(plain, e
     assert compared(plain[1]["output_ids"], exact, CASES[JOINT]).p > ALPHA
 
 
-def test_negative_control_argmax_verification_fails(folder, drafter, exact):
-    (answer,) = run(folder, [T1_ALONE], **speculative("EAGLE", CHAIN, drafter))
-    assert compared(answer["output_ids"], exact, CASES["T=1"]).p < 1e-6
-
-
 @pytest.fixture(scope="module")
-def stock_sampling(folder, drafter):
-    """Stock EAGLE that samples as it does on CUDA: T=1, and top-k with top-p."""
+def stock(models, tmp_path_factory):
+    """Stock EAGLE: T=1 with the argmax that it takes on a CPU; then, sampling as on CUDA, T=1 and top-k with top-p."""
+    folder = tmp_path_factory.mktemp("stock")
     plugins = write_plugin(folder / "plugins", "negative_control", Path(negative_control.__file__).read_text())
-    return run(folder, [T1_ALONE, JOINT_ALONE], plugins=plugins, **speculative("EAGLE", CHAIN, drafter))
+    argmax = T1_ALONE.job
+    sampling = [T1_ALONE.job | {"switch": True}, JOINT_ALONE.job | {"switch": True}]
+    options = speculative("EAGLE", CHAIN, models / "drafter")
+    environment = {SWITCH: str(folder / "samples")}
+    return run(models, [argmax, *sampling], plugins=plugins, environment=environment, **options)
 
 
-def test_the_stock_control_is_right_where_stock_verification_is(stock_sampling, exact):
-    assert compared(stock_sampling[0]["output_ids"], exact, CASES["T=1"]).p > ALPHA
+def test_negative_control_argmax_verification_fails(stock, exact):
+    assert compared(stock[0]["output_ids"], exact, CASES["T=1"]).p < 1e-6
 
 
-def test_negative_control_stock_verification_of_top_k_with_top_p_fails(stock_sampling, exact):
-    assert compared(stock_sampling[1]["output_ids"], exact, CASES[JOINT]).p < 1e-6
+def test_the_stock_control_is_right_where_stock_verification_is(stock, exact):
+    assert compared(stock[1]["output_ids"], exact, CASES["T=1"]).p > ALPHA
+
+
+def test_negative_control_stock_verification_of_top_k_with_top_p_fails(stock, exact):
+    assert compared(stock[2]["output_ids"], exact, CASES[JOINT]).p < 1e-6

@@ -1,7 +1,9 @@
 import io
 import random
+from dataclasses import asdict, replace
 from itertools import islice
 
+import low_rank
 import prepare_model
 import pytest
 import torch
@@ -9,6 +11,7 @@ from finetune import IGNORE, Checkpoint, MasterAdamW, Recipe, Sample, finetune, 
 from progress import Progress
 
 RECIPE = Recipe(steps=12, row_tokens=48, lr=3e-3, warmup_steps=2)
+TWO_STEPS = Recipe(steps=2, row_tokens=768, lr=3e-3, warmup_steps=1)
 
 
 def tiny_model(vocab_size=64, dtype=torch.bfloat16):
@@ -183,30 +186,71 @@ def test_replayed_answers_are_kept_for_a_resumed_run(base):
     path.unlink()
 
 
-def test_a_finished_model_is_reused(base, capsys):
+@pytest.fixture(scope="module")
+def update(base, tmp_path_factory):
+    """An update of the tiny model, trained for two steps by the script's own loop."""
+    path = tmp_path_factory.mktemp("update") / "update.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_model, "REPLAY_PROMPTS", 4)
+        patch.setattr(prepare_model, "REPLAY_TOKENS", 6)
+        prepare_model.train_update(path, TWO_STEPS, 3, base=base, checkpoint_every=1)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "the training left something"
+    return path
+
+
+def test_a_finished_model_is_reused_until_the_update_is_another(base, update, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = base.with_name("reasoner")
-    recipe = Recipe(steps=2, row_tokens=768)
-    prepare_model.prepare(out, recipe, base=base, checkpoint_every=1)
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / prepare_model.BASE_NAME).symlink_to(base)
+    out, own = models / "reasoner", tmp_path / "own.safetensors"
+    own.write_bytes(update.read_bytes())
+    prepare_model.prepare(out, own, base=base)
     made = (out / "model.safetensors").stat().st_mtime_ns
-    prepare_model.prepare(out, recipe, base=base, checkpoint_every=1)
+    prepare_model.prepare(out, own, base=base)
     assert "already made" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == made
-    assert sorted(path.name for path in out.parent.iterdir()) == ["reasoner", prepare_model.BASE_NAME]
+    assert sorted(path.name for path in models.iterdir()) == ["reasoner", prepare_model.BASE_NAME]
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(out).chat_template
 
-    prepare_model.prepare(out, Recipe(steps=3, row_tokens=768), base=base, checkpoint_every=1)
+    prepare_model.train_update(own, replace(TWO_STEPS, steps=3), 3, base=base, checkpoint_every=1)
+    prepare_model.prepare(out, own, base=base)
     assert (out / "model.safetensors").stat().st_mtime_ns != made
 
 
-def test_a_folder_of_somebody_else_is_not_overwritten(base):
+def test_the_same_recipe_makes_the_same_update(base, update, tmp_path):
+    again = tmp_path / "again.safetensors"
+    prepare_model.train_update(again, TWO_STEPS, 3, base=base, checkpoint_every=1)
+    assert again.read_bytes() == update.read_bytes()
+
+
+def test_an_update_of_another_base_is_refused(base, update, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    prepare_model.save_model(tmp_path / "other", model, AutoTokenizer.from_pretrained(base))
+    with pytest.raises(low_rank.UpdateError, match=r"layers\.1\.mlp\.up_proj is off by .*another base"):
+        prepare_model.prepare(tmp_path / "out", update, base=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_update_is_small_and_says_how_it_was_made():
+    assert prepare_model.UPDATE.stat().st_size <= 4_000_000
+    factors, merged, about = low_rank.load(prepare_model.UPDATE)
+    assert factors.keys() == merged.keys() and len(factors) == 7 * 30
+    assert about["recipe"] == asdict(prepare_model.RECIPE) | {"rank": prepare_model.RANK, "betas": [0.9, 0.95]}
+
+
+def test_a_folder_of_somebody_else_is_not_overwritten(base, update):
     foreign = base.with_name("foreign")
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"--out=.*foreign"):
-        prepare_model.prepare(foreign, Recipe(steps=1), base=base, checkpoint_every=1)
+        prepare_model.prepare(foreign, update, base=base)
     assert (foreign / "thesis.txt").exists()
     (foreign / "thesis.txt").unlink()
     foreign.rmdir()
