@@ -33,22 +33,9 @@ SPOT = (
 """Spot training of a random model, whose responses cannot be drafted: the gate lets through what loses nothing."""
 
 
-def run(
-    task: Path,
-    *overrides: str,
-    timeout_s: float = 900,
-    more: Mapping[str, str] | None = None,
-    shm_size: str = guard.SIZE,
-    meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
-) -> tuple[list[dict[str, float]], str]:
-    """Run the trainer; returns the steps' metrics and the whole output. A run that fails shows its end.
-
-    Args:
-        more: variables of its environment.
-        shm_size: of the run's own /dev/shm, where the system lets it have one.
-        meanwhile: is called once it has started; it grows `task/stdout.log` and `task/stderr.log`.
-    """
-    environment = {
+def environment(task: Path) -> dict[str, str]:
+    """That of a run whose model and data lie in this folder."""
+    return {
         **os.environ,
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -59,6 +46,10 @@ def run(
         "PYTHONPATH": str(HERE),
         "TLT_TEST_DRAFTER": str(task / "drafter"),
     }
+
+
+def command(task: Path, *overrides: str) -> list[str]:
+    """What starts the trainer on the model and data of this folder."""
     base = [
         f"data.train_files={task}/prompts.parquet",
         f"data.val_files={task}/prompts.parquet",
@@ -79,15 +70,32 @@ def run(
         f"hydra.run.dir={task}/hydra",
         *([] if any("trainer_mode=" in override for override in overrides) else LOOKS_OFTEN),
     ]
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", str(ROOT / "configs")]
-    command += ["--config-name", "smollm2_cpu", *base, *overrides]
+    start = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", str(ROOT / "configs")]
+    return [*start, "--config-name", "smollm2_cpu", *base, *overrides]
+
+
+def run(
+    task: Path,
+    *overrides: str,
+    timeout_s: float = 900,
+    more: Mapping[str, str] | None = None,
+    shm_size: str = guard.SIZE,
+    meanwhile: Callable[[subprocess.Popen], None] = lambda process: None,
+) -> tuple[list[dict[str, float]], str]:
+    """Run the trainer; returns the steps' metrics and the whole output. A run that fails shows its end.
+
+    Args:
+        more: variables of its environment.
+        shm_size: of the run's own /dev/shm, where the system lets it have one.
+        meanwhile: is called once it has started; it grows `task/stdout.log` and `task/stderr.log`.
+    """
     logs = [task / "stdout.log", task / "stderr.log"]
     with logs[0].open("w") as out, logs[1].open("w") as err:
         running = guard.start(
-            command,
+            command(task, *overrides),
             task / "left.json",
             cwd=ROOT,
-            environment=environment | dict(more or {}),
+            environment=environment(task) | dict(more or {}),
             stdout=out,
             stderr=err,
             shm_size=shm_size,

@@ -57,6 +57,18 @@ def test_a_configuration_without_a_rollout_is_not_ours():
     assert checks.asks_for_tlt(OmegaConf.create({"model": {"path": "x"}})) is False
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "needs"),
+    [
+        ("trainer.default_local_dir", "${oc.env:TMPDIR}/checkpoints", True),
+        ("actor_rollout_ref.model.path", "hdfs://models/one", True),
+        ("trainer.default_local_dir", "checkpoints", False),
+    ],
+)
+def test_a_run_keeps_the_machines_temporary_folder_where_something_in_it_is_to_stay(run, key, value, needs):
+    assert checks.needs_temporary_folder(run({key: value})) is needs
+
+
 def test_a_run_that_is_right_gives_the_options(run):
     assert checks.check_run(run({f"{ROLLOUT}.custom.tlt.strategy.arms": ["off"]})).strategy.arms == ["off"]
     assert checks.check_run(run({f"{ROLLOUT}.custom": None})).strategy.arms == StrategyConfig().arms
