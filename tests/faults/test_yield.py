@@ -160,6 +160,7 @@ def report() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_no_step_is_lost_and_nothing_fails(report):
     assert report["preemptions"] == PREEMPTIONS
@@ -167,6 +168,7 @@ def test_no_step_is_lost_and_nothing_fails(report):
     assert report["steps"]["optimizer"] == report["steps"]["counted"] > PREEMPTIONS
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_learning_goes_on_across_preemptions(report):
     loss = report["loss"]
@@ -174,6 +176,7 @@ def test_learning_goes_on_across_preemptions(report):
     assert loss["largest_jump"] < 0.25 * loss["first"], "a window begins where the one before ended"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_device_is_given_back(report):
     """A sanity bound only: this machine may be busy with anything. The script's own run has the figures."""

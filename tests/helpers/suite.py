@@ -1,8 +1,8 @@
 """How the suite is run: in which order, on which worker, which tests by default, and what is seen of it meanwhile.
 
 Two pytest-xdist workers take one part after the other: tests that share an engine or a run are one part, the long parts
-come first. What measures time, or needs the idle cores that spot training looks for, has the marker `alone` and runs
-in a session of its own behind them (`--alone`). Long forms have the marker `long` and run only when they are asked for.
+come first. What measures time has the marker `alone` and runs in a session of its own after them (`--alone`). Long
+forms have the marker `long` and run only when they are asked for.
 
 Knows test ids and markers. Knows nothing of what is tested.
 """
@@ -17,25 +17,32 @@ from typing import Any
 import engine_logs
 import pytest
 
+ENGINES = r"test_(greedy_lossless|tap|publication|switching)\.py"
 PARTS = (
-    r"test_verl_run\.py::test_two_replicas",
-    r"test_verl_run\.py::test_a_tree_run",
+    r"test_spot_(run|async|faults)\.py",
     r"test_lossless_sampling\.py.*\[tree",
     r"test_lossless_sampling\.py.*\[switching",
     r"test_lossless_sampling\.py.*\[chain",
-    r"test_verl_run\.py::test_a_tuner",
+    rf"{ENGINES}.*\[tree",
+    rf"{ENGINES}.*\[switching",
+    rf"{ENGINES}",
     r"test_warmup\.py",
-    r"test_(greedy_lossless|tap|publication|switching)\.py.*\[tree",
-    r"test_(greedy_lossless|tap|publication|switching)\.py.*\[switching",
-    r"test_(greedy_lossless|tap|publication|switching)\.py",
     r"test_lossless_sampling\.py",
+    r"test_draft_chain_in_sglang\.py",
+    r"test_verl_run\.py::test_two_replicas",
+    r"test_verl_run\.py::test_a_tree_run",
+    r"test_verl_run\.py::test_a_tuner",
+    r"test_leftovers\.py",
     r"test_bad_input\.py",
     r"test_megatron_cpu\.py",
     r"test_coordinator\.py",
     r"test_averaging\.py",
     r"test_contracts\.py",
 )
-"""Ids of tests that go to one worker together, the longest part first. Other tests: by file, the slow ones first."""
+"""Ids of tests that go to one worker together, the longest part first. Other tests: by file, the slow ones first.
+
+The first part waits for idle cores: beside it run engines, which compute with one thread; runs of verl come later.
+"""
 
 _SHOWN_EVERY_S = 30.0
 

@@ -18,6 +18,8 @@ from tlt_verl.board import Board, Phase, now_ns
 from tlt_verl.spot.host import CoreMeter, HostProbe, idle_seconds
 from tlt_verl.spot.idle import EngineProbe, IdleDetector, PhaseProbe, Reading, device_probe
 
+pytestmark = pytest.mark.alone  # what is free on a core is what others leave
+
 # --- the board's probes -----------------------------------------------------------------------------------------------
 
 
