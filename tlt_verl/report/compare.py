@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tlt_verl.report.console import generated_tokens
-from tlt_verl.report.runs import Run, read_run
+from tlt_verl.report.runs import ReportError, Run, read_run
 
 
 def sentence(run: Run, baseline: Run) -> str:
@@ -30,5 +30,16 @@ def _throughput(run: Run, steps: list[int]) -> float:
     return sum(map(generated_tokens, chosen)) / sum(metrics["timing_s/gen"] for metrics in chosen)
 
 
+def main(paths: list[str]) -> int:
+    """Compare the run of the first path with that of the second."""
+    try:
+        runs = [read_run(name, Path(path)) for name, path in zip(("tlt", "baseline"), paths, strict=True)]
+    except ReportError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 1
+    print(sentence(*runs))
+    return 0
+
+
 if __name__ == "__main__":
-    print(sentence(*(read_run(name, Path(path)) for name, path in zip(("tlt", "baseline"), sys.argv[1:], strict=True))))
+    sys.exit(main(sys.argv[1:]))
