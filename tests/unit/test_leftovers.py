@@ -220,18 +220,18 @@ def test_odd_names_go_and_what_cannot_go_is_named(tmp_path, started):
 
 
 def all_of_us() -> guard.Family:
-    """This process with all that it starts, as if it were a run."""
-    family = guard.Family(guard.status_of(os.getpid()).process, "no mark")
-    family.look()
-    return family
+    """This process with all that it starts from now on, as if it were a run."""
+    return guard.Family(guard.status_of(os.getpid()).process, "no mark")
 
 
 def test_who_was_given_a_members_number_is_no_member(started, monkeypatch):
     """The number of a process that has gone is a stranger's by now: neither it nor its children are the run's."""
-    process = start("import time; time.sleep(60)")
-    started.append(process)
+    earlier = start("import time; time.sleep(60)")
     family = all_of_us()
-    assert process.pid in family
+    process = start("import time; time.sleep(60)")
+    started += [earlier, process]
+    family.look()
+    assert process.pid in family and earlier.pid not in family, "only what it has started since then"
     real = guard.status_of
 
     def later(pid: int) -> guard.Status | None:

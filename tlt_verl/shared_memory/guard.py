@@ -6,9 +6,10 @@ Runs as a process of its own, from this file, with the standard library alone:
 
 It lives in a session of its own, as nobody's child, and ignores the signals that end a run; `kill -9` ends it, and then
 nothing is cleaned up. A process is the run's if it carries the run's mark in its environment or descends from one that
-does. A file in /dev/shm is the run's if it is new, private to the user (mode 0600, as the system's calls for shared
-memory make it) and only the run's processes have ever been seen to hold it. Every process is known by its number and
-its start time, every file by its device and inode: a number or a name that was given to another later is left alone.
+does, or from the process that started the run, since then. A file in /dev/shm is the run's if it is new, private to the
+user (mode 0600, as the system's calls for shared memory make it) and only the run's processes have ever been seen to
+hold it. Every process is known by its number and its start time, every file by its device and inode: a number or a name
+that was given to another later is left alone.
 
 Does not see a file in /dev/shm whose process dies within a second of making it, nor anything on other nodes.
 """
@@ -111,6 +112,7 @@ class Family:
         self._first, self._entry = first, f"{MARK}={mark}".encode()
         self._members: dict[int, Process] = {first.pid: first}
         self._others: set[int] = set()
+        self._before = {status.process for pid in all_pids() if (status := status_of(pid))} - {first}
         self._looks = 0
 
     def look(self, *, afresh: bool = False) -> None:
@@ -131,7 +133,7 @@ class Family:
         self._others = {one.pid for one, *_ in statuses if one.pid not in self._members} | self._others
 
     def _is_member(self, status: Status) -> bool:
-        if status.process.pid == os.getpid():
+        if status.process.pid == os.getpid() or status.process in self._before:
             return False
         if status.parent in self._members:
             return True
