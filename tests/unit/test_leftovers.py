@@ -27,13 +27,14 @@ from tlt_verl.shared_memory.leftovers import guard_run
 name, how = sys.argv[1:]
 early = tempfile.TemporaryDirectory(prefix="early")  # as a module makes one when it is imported
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-assert guard_run(grace_s=1.0)
+assert guard_run(grace_s=0.3)
 assert tempfile.gettempdir() == os.environ["TMPDIR"]
 os.makedirs(tempfile.mkdtemp() + "/deeper")
 child = subprocess.Popen([sys.executable, "-Sc", '''
 import mmap, os, signal, subprocess, sys, tempfile, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+if sys.argv[2] == "SIGINT":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 fd = os.open("/dev/shm/" + sys.argv[1], os.O_CREAT | os.O_RDWR, 0o600)
 os.ftruncate(fd, 4096)
 page = mmap.mmap(fd, 4096)
@@ -43,10 +44,10 @@ orphan = "(setsid sleep 60 &)"
 subprocess.run(["sh", "-c", orphan], check=True)
 print("ready", flush=True)
 time.sleep(60)
-''', name])
+''', name, how])
 if how.startswith("SIG"):
     time.sleep(60)
-time.sleep(4)
+time.sleep(2)
 if how == "fails":
     raise ValueError("as a reward function does")
 """
@@ -115,9 +116,9 @@ def test_nothing_of_a_run_stays(folder, shm_name, how):
     (private,) = [path for path in folder.iterdir() if path.name.startswith("tlt-")]
     family = processes_with(f"TMPDIR={private}")
     assert len(family) >= 2 and (SHM / shm_name).exists()
-    time.sleep(2 * guard.LOOK_S)  # a file must have been seen while its maker lived
+    time.sleep(1.5 * guard.LOOK_S)  # a file must have been seen while its maker lived
     if how.startswith("SIG"):
-        os.killpg(run.pid, getattr(signal, how))  # Ctrl-C reaches the whole group; the children of this run ignore it
+        os.killpg(run.pid, getattr(signal, how))  # as Ctrl-C reaches all of it; that child ignores it
     run.wait(15)
     wait_until(lambda: not any(process.is_running() for process in family))
     wait_until(lambda: not list(folder.iterdir()))
