@@ -78,7 +78,7 @@ def test_a_run_leaves_nothing(task, temporary, end):
                 wait_for_step(run, log)
                 assert len(contents(temporary)) == len(before) + 1, "everything lies in the run's own folder"
                 os.kill(run.pid, signal.SIGTERM)
-            status = run.wait(600)
+            status = run.wait(800)
         finally:
             run.end()
     output = log.read_text(errors="replace")

@@ -27,13 +27,14 @@ from tlt_verl.shared_memory.leftovers import guard_run
 name, how = sys.argv[1:]
 early = tempfile.TemporaryDirectory(prefix="early")  # as a module makes one when it is imported
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-assert guard_run(grace_s=1.0)
+assert guard_run(grace_s=0.3)
 assert tempfile.gettempdir() == os.environ["TMPDIR"]
 os.makedirs(tempfile.mkdtemp() + "/deeper")
 child = subprocess.Popen([sys.executable, "-Sc", '''
 import mmap, os, signal, subprocess, sys, tempfile, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+if sys.argv[2] == "SIGINT":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 fd = os.open("/dev/shm/" + sys.argv[1], os.O_CREAT | os.O_RDWR, 0o600)
 os.ftruncate(fd, 4096)
 page = mmap.mmap(fd, 4096)
@@ -43,10 +44,10 @@ orphan = "(setsid sleep 60 &)"
 subprocess.run(["sh", "-c", orphan], check=True)
 print("ready", flush=True)
 time.sleep(60)
-''', name])
+''', name, how])
 if how.startswith("SIG"):
     time.sleep(60)
-time.sleep(4)
+time.sleep(2)
 if how == "fails":
     raise ValueError("as a reward function does")
 """
@@ -115,9 +116,9 @@ def test_nothing_of_a_run_stays(folder, shm_name, how):
     (private,) = [path for path in folder.iterdir() if path.name.startswith("tlt-")]
     family = processes_with(f"TMPDIR={private}")
     assert len(family) >= 2 and (SHM / shm_name).exists()
-    time.sleep(2 * guard.LOOK_S)  # a file must have been seen while its maker lived
+    time.sleep(1.5 * guard.LOOK_S)  # a file must have been seen while its maker lived
     if how.startswith("SIG"):
-        os.killpg(run.pid, getattr(signal, how))  # Ctrl-C reaches the whole group; the children of this run ignore it
+        os.killpg(run.pid, getattr(signal, how))  # as Ctrl-C reaches all of it; that child ignores it
     run.wait(15)
     wait_until(lambda: not any(process.is_running() for process in family))
     wait_until(lambda: not list(folder.iterdir()))
@@ -219,33 +220,52 @@ def test_odd_names_go_and_what_cannot_go_is_named(tmp_path, started):
     assert (tmp_path / "log").exists()
 
 
-def test_a_shared_file_is_the_runs_only_while_nobody_else_holds_it(tmp_path):
-    """Looked at here, where this process is the holder: of the run first, then a stranger."""
+def all_of_us() -> guard.Family:
+    """This process with all that it starts from now on, as if it were a run."""
+    return guard.Family(guard.status_of(os.getpid()).process, "no mark")
 
-    class Members(set):
-        def look(self, **_) -> None: ...
 
-    files = guard.SharedFiles(Members({os.getppid()}), folder=tmp_path)
-    path = tmp_path / "page"
+def test_who_was_given_a_members_number_is_no_member(started, monkeypatch):
+    """The number of a process that has gone is a stranger's by now: neither it nor its children are the run's."""
+    earlier = start("import time; time.sleep(60)")
+    family = all_of_us()
+    process = start("import time; time.sleep(60)")
+    started += [earlier, process]
+    family.look()
+    assert process.pid in family and earlier.pid not in family, "only what it has started since then"
+    real = guard.status_of
+
+    def later(pid: int) -> guard.Status | None:
+        status = real(pid)
+        if status is None or pid not in (os.getpid(), process.pid):
+            return status
+        return status._replace(process=status.process._replace(started=status.process.started + 1), parent=1)
+
+    monkeypatch.setattr(guard, "status_of", later)
+    family.look()
+    assert process.pid not in family and os.getpid() not in family
+    family.look(afresh=True)
+    assert process.pid not in family
+
+
+def test_fleeting_files_are_looked_at_only_when_the_run_has_ended(tmp_path):
+    """torch's shared tensors come and go in every step; to ask for their holders each time would cost the run."""
+    path = tmp_path / "torch_1_23_4"
     path.touch(0o600)
-    holder = subprocess.Popen(["sleep", "60"], stdin=path.open())
-    try:
-        files.look()
-        assert not files._mine
-    finally:
-        holder.kill()
-        holder.wait()
-    files.remove()
-    assert path.exists()
-
-
-def test_torch_names_a_shared_tensor_by_its_maker(tmp_path):
-    files = guard.SharedFiles({os.getpid()}, folder=tmp_path)
-    for pid in (os.getpid(), os.getppid()):
-        (tmp_path / f"torch_{pid}_123_0").touch(0o600)
+    family = all_of_us()
+    files = guard.SharedFiles(family, tmp_path)
+    later = tmp_path / "torch_1_23_5"
+    later.touch(0o600)
+    holder = subprocess.Popen(["sleep", "60"], stdin=later.open())
+    family.look()
     files.look()
     files.remove()
-    assert [path.name for path in tmp_path.iterdir()] == [f"torch_{os.getppid()}_123_0"]
+    assert later.exists()
+    files.look(closely=True)
+    holder.kill()
+    holder.wait()
+    files.remove()
+    assert [one.name for one in tmp_path.iterdir()] == [path.name], "what was there before stays"
 
 
 def test_held_files_are_those_open_and_mapped(tmp_path):
@@ -260,10 +280,10 @@ def test_held_files_are_those_open_and_mapped(tmp_path):
         page.write_bytes(bytes(mmap.PAGESIZE))
         process = start(script, str(page), "close", stdout=subprocess.PIPE)
         process.stdout.readline(), process.stdout.readline()
-        assert guard.holders_of({guard.file_of(page)}) == {guard.file_of(page): {process.pid}}
+        assert guard.holders_of({guard.file_of(page)}, SHM) == {guard.file_of(page): {process.pid}}
         process.kill()
         process.wait()
-        assert guard.holders_of({guard.file_of(page)}) == {}
+        assert guard.holders_of({guard.file_of(page)}, SHM) == {}
     finally:
         page.unlink()
 

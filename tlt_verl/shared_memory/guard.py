@@ -6,9 +6,10 @@ Runs as a process of its own, from this file, with the standard library alone:
 
 It lives in a session of its own, as nobody's child, and ignores the signals that end a run; `kill -9` ends it, and then
 nothing is cleaned up. A process is the run's if it carries the run's mark in its environment or descends from one that
-does. A file in /dev/shm is the run's if it is new, private to the user (mode 0600, as the system's calls for shared
-memory make it) and only the run's processes have ever been seen to hold it. Every process is known by its number and
-its start time, every file by its device and inode: a number or a name that was given to another later is left alone.
+does, or from the process that started the run, since then. A file in /dev/shm is the run's if it is new, private to the
+user (mode 0600, as the system's calls for shared memory make it) and only the run's processes have ever been seen to
+hold it. Every process is known by its number and its start time, every file by its device and inode: a number or a name
+that was given to another later is left alone.
 
 Does not see a file in /dev/shm whose process dies within a second of making it, nor anything on other nodes.
 """
@@ -35,10 +36,9 @@ LOOK_S = 1.0
 """Between two looks at the processes and at /dev/shm, while the run goes on."""
 ASK_S = 3.0
 """Between SIGTERM and SIGKILL, and between SIGKILL and giving up."""
+_AFRESH = 30  # looks after which a process that was another's is looked at again: its number may be a new one's
 _TRIES = 3  # looks for the holder of a new file: it is mapped a moment after it is made
-_TORCH = re.compile(
-    r"torch_(\d+)_\d+_\d+"
-)  # shared tensors come and go by the hundred; torch names them by their maker
+_FLEETING = re.compile(r"torch_\d+_\d+_\d+|plasma\w*")  # by the hundred, and removed by their makers
 
 
 class Process(NamedTuple):
@@ -112,27 +112,30 @@ class Family:
         self._first, self._entry = first, f"{MARK}={mark}".encode()
         self._members: dict[int, Process] = {first.pid: first}
         self._others: set[int] = set()
+        self._before = {status.process for pid in all_pids() if (status := status_of(pid))} - {first}
+        self._looks = 0
 
     def look(self, *, afresh: bool = False) -> None:
-        """Finds processes that are new since the last look.
+        """Finds processes that are new since the last look, and forgets those that have gone.
 
         Args:
-            afresh: looks at those again that did not belong to the run, as their numbers may be others' by now.
+            afresh: looks again at those that did not belong to the run; otherwise that is done now and then.
         """
         pids = set(all_pids())
-        self._others = set() if afresh else self._others & pids
-        self._members = {pid: one for pid, one in self._members.items() if pid in pids or one == self._first}
-        unknown = [status for pid in pids - self._others - set(self._members) if (status := status_of(pid))]
-        for status in sorted(unknown, key=lambda status: status.process.started):  # a parent before its children
-            if self._is_member(status):
-                self._members[status.process.pid] = status.process
-            else:
-                self._others.add(status.process.pid)
+        self._looks += 1
+        self._others = set() if afresh or self._looks % _AFRESH == 0 else self._others & pids
+        statuses = [status for pid in pids - self._others if (status := status_of(pid))]
+        self._members = {one.pid: one for one, *_ in statuses if self._members.get(one.pid) == one}
+        for status in sorted(statuses, key=lambda status: status.process.started):  # a parent before its children
+            one = status.process
+            if one.pid not in self._members and self._is_member(status):
+                self._members[one.pid] = one
+        self._others = {one.pid for one, *_ in statuses if one.pid not in self._members} | self._others
 
     def _is_member(self, status: Status) -> bool:
-        if status.process.pid == os.getpid():
+        if status.process.pid == os.getpid() or status.process in self._before:
             return False
-        if status.parent in self._members and self._members[status.parent].started <= status.process.started:
+        if status.parent in self._members:
             return True
         try:
             return self._entry in Path(f"/proc/{status.process.pid}/environ").read_bytes().split(b"\0")
@@ -165,28 +168,24 @@ class SharedFiles:
         """Finds out of new files whether they are the run's.
 
         Args:
-            closely: asks again for the holders of files that had been given up.
+            closely: asks for the holders of every file, also where that was given up, or the file is a fleeting one.
         """
         files = self._private_files()
         known = set(self._mine.items()) | self._before
-        unknown = [one for one in files if one not in known and (closely or self._tries.get(one, 0) < _TRIES)]
+        unknown = [one for one in files - known if closely or self._is_worth_a_look(*one)]
         self._mine = {name: file for name, file in self._mine.items() if (name, file) in files}
         self._tries = {one: count for one, count in self._tries.items() if one in files}
-        unknown = [one for one in unknown if not self._is_named_by_maker(*one)]
         if not unknown:
             return
-        holders = holders_of({file for _, file in unknown})
+        holders = holders_of({file for _, file in unknown}, self._folder)
         for name, file in unknown:
             self._tries[name, file] = self._tries.get((name, file), 0) + 1
             pids = holders.get(file, set())
             if pids and all(pid in self._family for pid in pids):
                 self._mine[name] = file
 
-    def _is_named_by_maker(self, name: str, file: File) -> bool:
-        match = _TORCH.fullmatch(name)
-        if match and int(match[1]) in self._family:
-            self._mine[name] = file
-        return name in self._mine
+    def _is_worth_a_look(self, name: str, file: File) -> bool:
+        return self._tries.get((name, file), 0) < _TRIES and not _FLEETING.fullmatch(name)
 
     def _private_files(self) -> set[tuple[str, File]]:
         """Files of this user that no other may read."""
@@ -204,7 +203,7 @@ class SharedFiles:
         """Removes the run's files that nobody holds any more."""
         files = self._private_files()
         left = {name: file for name, file in self._mine.items() if (name, file) in files}
-        holders = holders_of(set(left.values())) if left else {}
+        holders = holders_of(set(left.values()), self._folder) if left else {}
         for name, file in left.items():
             path = self._folder / name
             if pids := holders.get(file):
@@ -216,59 +215,77 @@ class SharedFiles:
                 say(f"could not remove {path} of the run that has ended: {error}")
 
 
-def holders_of(files: set[File]) -> dict[File, set[int]]:
-    """Processes of this user that have one of these files open or mapped."""
+def holders_of(files: set[File], folder: Path) -> dict[File, set[int]]:
+    """Processes of this user that have one of these files of a folder open or mapped."""
     found: dict[File, set[int]] = {}
     for pid in all_pids():
         if pid == os.getpid():
             continue
         with contextlib.suppress(OSError):  # another user's, or gone
-            for file in held_files(pid):
+            for file in held_files(pid, folder):
                 if file in files:
                     found.setdefault(file, set()).add(pid)
     return found
 
 
-def held_files(pid: int) -> Iterator[File]:
-    """The files that a process has open or mapped; those that have a device of their own, as /dev/shm's do."""
+def held_files(pid: int, folder: Path) -> Iterator[File]:
+    """The files of a folder that a process has mapped or open. The folder's file system is one with device numbers."""
+    start = os.fsencode(folder) + b"/"
     for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
-        if b"/" in line:
+        if start in line:
             device, inode = line.split(maxsplit=5)[3:5]
             major, minor = device.split(b":")
             yield File(os.makedev(int(major, 16), int(minor, 16)), int(inode))
     for name in os.listdir(f"/proc/{pid}/fd"):
+        link = f"/proc/{pid}/fd/{name}"
         with contextlib.suppress(FileNotFoundError):
-            yield file_of(f"/proc/{pid}/fd/{name}", follow=True)
+            if os.fsencode(os.readlink(link)).startswith(start):
+                yield file_of(link, follow=True)
 
 
-def wait_for_death(process: Process, watch: Iterable[object]) -> None:
+@contextlib.contextmanager
+def handle_of(process: Process) -> Iterator[int | None]:
+    """A handle that stays this process's; None where the system has no such thing.
+
+    Raises:
+        ProcessLookupError: the number is nobody's.
+    """
+    fd = None
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        raise
+    except OSError:  # a kernel before 5.3
+        pass
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def wait_for_death(process: Process, watch: Iterator[None]) -> None:
     """Takes the next of `watch` at every look, until the process has ended."""
-    watch = iter(watch)
-    with contextlib.ExitStack() as stack:
-        fd = None
-        with contextlib.suppress(OSError):  # an old kernel; or it has ended already
-            fd = os.pidfd_open(process.pid)
-            stack.callback(os.close, fd)
+    with contextlib.suppress(ProcessLookupError), handle_of(process) as handle:
         while lives(process):
             next(watch)
-            select.select([] if fd is None else [fd], [], [], LOOK_S)
+            select.select([] if handle is None else [handle], [], [], LOOK_S)
 
 
 def send(process: Process, number: signal.Signals) -> None:
     """Signals this process, and no later one with its number."""
     try:
-        fd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if lives(process):
-            signal.pidfd_send_signal(fd, number)
+        with handle_of(process) as handle:
+            if not lives(process):
+                return
+            if handle is None:
+                os.kill(process.pid, number)
+            else:
+                signal.pidfd_send_signal(handle, number)
     except ProcessLookupError:
         pass  # it has ended meanwhile
     except OSError as error:
         say(f"could not end process {process.pid} of the run that has ended: {error}")
-    finally:
-        os.close(fd)
 
 
 def end(family: Family, files: SharedFiles, grace_s: float) -> None:
@@ -300,7 +317,7 @@ def end(family: Family, files: SharedFiles, grace_s: float) -> None:
         elif not steps:  # those that were born meanwhile
             for one in living:
                 send(one, signal.SIGKILL)
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def _names(processes: Iterable[Process]) -> str:
