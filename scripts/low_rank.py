@@ -92,7 +92,7 @@ def balanced(factors: Factors) -> Factors:
     """The same product from its singular vectors, each scaled by the root of its value: what 8 bits lose least of."""
     q_up, r_up = torch.linalg.qr(factors.up.double())
     q_down, r_down = torch.linalg.qr(factors.down.double().T)
-    u, values, vt = torch.linalg.svd(r_up @ r_down.T)
+    u, values, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     root = values.sqrt()
     return Factors((q_up @ u * root).float(), (root[:, None] * vt @ q_down.T).float())
 

@@ -6,7 +6,7 @@
 #   scripts/test.sh -m long         the full forms: 20 kills, a million segments, full statistical power in every case
 #   scripts/test.sh [pytest arguments...]     for instance: scripts/test.sh tests/integration/test_tap.py
 #
-# Two sessions: two workers for most tests; then, one at a time, those that measure time (marker "alone").
+# Two sessions: two workers for most tests; then, one at a time, those that measure time or need idle cores (marker "alone").
 # Nothing of a session outlives it or this script: no engine, no Ray, no file in /dev/shm (tests/helpers/guard.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,8 +1,9 @@
 """How the suite is run: in which order, on which worker, which tests by default, and what is seen of it meanwhile.
 
 Two pytest-xdist workers take one part after the other: tests that share an engine or a run are one part, the long parts
-come first. What measures time has the marker `alone` and runs in a session of its own after them (`--alone`). Long
-forms have the marker `long` and run only when they are asked for.
+come first. What measures time, or has to train a drafter on idle cores within a few steps, has the marker `alone` and
+runs in a session of its own after them (`--alone`). Long forms have the marker `long` and run only when they are asked
+for.
 
 Knows test ids and markers. Knows nothing of what is tested.
 """
@@ -19,7 +20,7 @@ import pytest
 
 ENGINES = r"test_(greedy_lossless|tap|publication|switching)\.py"
 PARTS = (
-    r"test_spot_(run|async|faults)\.py",
+    r"test_spot_faults\.py",
     r"test_lossless_sampling\.py.*\[tree",
     r"test_lossless_sampling\.py.*\[switching",
     r"test_lossless_sampling\.py.*\[chain",
@@ -32,7 +33,7 @@ PARTS = (
     r"test_verl_run\.py::test_two_replicas",
     r"test_verl_run\.py::test_a_tree_run",
     r"test_verl_run\.py::test_a_tuner",
-    r"test_leftovers\.py",
+    r"test_leftovers_of_runs\.py",
     r"test_bad_input\.py",
     r"test_megatron_cpu\.py",
     r"test_coordinator\.py",

@@ -16,7 +16,7 @@ from verl_runner import ROOT, SPOT, TLT, assert_logprobs_agree, fingerprints, ru
 
 from tlt_verl.report.timeline import Timeline, overlap_s, read_events
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a drafter is trained on idle cores: within so many steps
 
 TRAINED = (*SPOT, f"{TLT}spot.idle_ms=50", "actor_rollout_ref.rollout.n=8")
 SEPARATE = (

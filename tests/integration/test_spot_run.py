@@ -12,7 +12,7 @@ from verl_runner import SPOT, TLT, assert_logprobs_agree, fingerprints, run
 
 from tlt_verl.report.timeline import read_events
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a drafter is trained on idle cores: within so many steps
 
 STEPS = 6
 

@@ -51,11 +51,12 @@ def accepted(prompt: list[int], answered: list[int], segments: list[dict]) -> li
     return answered + [recorded[position] for position in behind]
 
 
-def test_what_should_have_happened_did(recorded):
+def test_what_should_have_happened_did(recorded, request):
     asked, answers, _ = recorded
     assert sum(answers[2]["cached_tokens"]) > 16 * 16, "no prefix-cache hits"
     assert any(len(prompt) > CHUNK for prompt in asked[0]["prompts"])
-    assert sum(answers[3]["spec_verify_ct"]) == 0, "drafting was not off"
+    if "switching" not in request.node.name:  # where the model-free drafter goes on
+        assert sum(answers[3]["spec_verify_ct"]) == 0, "drafting was not off"
     assert sum(answers[4]["spec_verify_ct"]) > 0
     assert sum(answers[0]["spec_num_correct_drafts"]) > 0.2 * sum(answers[0]["spec_verify_ct"])
     assert "stop" in answers[5]["finish"]

@@ -68,6 +68,12 @@ def test_every_part_has_a_test():
         assert any(re.search(files, str(path)) for path in tests), part
 
 
+def test_no_two_files_have_one_name():
+    """pytest imports them as modules of one name."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_tests_that_share_an_engine_go_to_one_worker():
     shape = "[chain 3x1@4-batch 8]"
     files = ("test_tap.py::test_a", "test_switching.py::test_b", "test_greedy_lossless.py::test_c")
