@@ -33,6 +33,12 @@ grep -h == "$pins" requirements/dev.txt | grep -vE "$half" >.venv/second-half.tx
 first=$!
 "${pip[@]}" install --quiet --no-deps -r .venv/second-half.txt
 wait "$first"
+if ! problem=$(.venv/bin/python -c 'import torch' 2>&1); then
+  echo "setup: torch cannot be imported (${problem##*$'\n'})." >&2
+  [ "$device" = cuda ] || echo "setup: the package index serves a CUDA build of it. Name one with CPU wheels (PIP_INDEX_URL or" \
+    "PIP_FIND_LINKS), remove .venv, and run this again" >&2
+  exit 1
+fi
 if [ "$device" = cpu ] && ! .venv/bin/python -c 'import sgl_kernel, sys; sys.exit(getattr(sgl_kernel, "IS_STANDIN", False))' 2>/dev/null; then
   say "no native sgl_kernel here: installing the stand-in (patches/cpu_standins)"
   "${pip[@]}" install --quiet --no-deps --force-reinstall ./patches/cpu_standins
