@@ -10,7 +10,7 @@ device=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then device=cuda; fi
 pins="requirements/$device.txt"
 mark=.venv/installed
-state=$(cat "$pins" requirements/dev.txt setup.cfg pyproject.toml $(find patches/cpu_standins -name '*.py' -o -name 'setup.cfg' | sort) | sha256sum)
+state=$(cat "$pins" requirements/dev.txt setup.cfg pyproject.toml $(find patches/cpu_standins -name build -prune -o \( -name '*.py' -o -name setup.cfg \) -print | sort) | sha256sum)
 if [ -f "$mark" ] && [ "$(cat "$mark")" = "$state" ]; then exit 0; fi
 
 python=${PYTHON:-$(command -v python3.11 || true)}
