@@ -61,7 +61,10 @@ if [ "$replicas" -gt 1 ]; then # the ranks and the engines share the machine's m
     actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=$tokens
     actor_rollout_ref.rollout.engine_kwargs.sglang.max_total_tokens=$((65536 / replicas)))
 fi
-if [ "$rollout" = sglang ]; then
+if [ "$rollout" = sglang ]; then # a run with tlt removes what it leaves; for the baseline this script does
+  TMPDIR=$(mktemp -d)
+  export TMPDIR
+  trap 'rm -rf "$TMPDIR"' EXIT
   overrides+=(+actor_rollout_ref.rollout.engine_kwargs.sglang.attention_backend=torch_native '~actor_rollout_ref.rollout.custom.tlt')
 elif [ "$warmup" != 0 ]; then
   if [ ! -e drafters/arithmetic/latest ]; then
