@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,12 +91,14 @@ def run(
         meanwhile: is called once it has started; it grows `task/stdout.log` and `task/stderr.log`.
     """
     logs = [task / "stdout.log", task / "stderr.log"]
+    temporary = Path(tempfile.mkdtemp(prefix="t"))  # a short name, as sockets in it need
+    own = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(task / "cache")}
     with logs[0].open("w") as out, logs[1].open("w") as err:
         running = guard.start(
             command(task, *overrides),
             task / "left.json",
             cwd=ROOT,
-            environment=environment(task) | dict(more or {}),
+            environment=environment(task) | own | dict(more or {}),
             stdout=out,
             stderr=err,
             shm_size=shm_size,
@@ -112,9 +115,9 @@ def run(
             (task / "output.log").write_text(output)
             engine_logs.keep(f"the run in {task}", output)
     assert status == 0, f"the run ended with {status} (137: killed, after {timeout_s:g} s at most): {output[-6000:]}"
-    left = running.left()
-    assert not left["processes"], f"the run has ended, and these have not: {left['processes']}"
-    assert not [name for name in left["shm"] if name.startswith("tlt-")], f"left in /dev/shm: {left['shm']}"
+    assert running.left() == {"processes": [], "shm": []}, f"the run has ended and left this: {running.left()}"
+    assert not list(temporary.iterdir()), f"the run has ended and left this: {list(temporary.iterdir())}"
+    temporary.rmdir()
     steps = [step[1] for line in output.splitlines() if (step := parse_step(line))]
     return [metrics for metrics in steps if is_training_step(metrics)], output
 

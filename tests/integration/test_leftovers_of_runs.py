@@ -1,4 +1,6 @@
-"""Real runs of verl, ended in three ways: /dev/shm and the temporary folder are afterwards as they were before.
+"""Real runs of verl that fail or are killed: /dev/shm and the temporary folder are afterwards as they were before.
+
+That a run which ends well leaves nothing is looked at in every other run of the tests (verl_runner.run).
 
 Each run has a /dev/shm of its own, where the system allows that, and its own TMPDIR: what is new there came of it.
 Caches and Ray's sessions, which stay on purpose, lie elsewhere.
@@ -49,13 +51,13 @@ def contents(folder: Path) -> dict[str, int]:
     return {path.name: path.lstat().st_ino for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("end", ["ends", "fails", "SIGTERM"])
+@pytest.mark.parametrize("end", ["fails", "SIGTERM"])
 def test_a_run_leaves_nothing(task, temporary, end):
     """With spot training: a ring, a board, publications and a second process that trains."""
     overrides = ["trainer.total_training_steps=2", "data.max_response_length=16", *verl_runner.SPOT]
     if end == "fails":
         overrides.append(f"reward.custom_reward_function.path={task}/fails.py")
-    elif end == "SIGTERM":
+    else:
         overrides.append("trainer.total_training_steps=1000")
     environment = verl_runner.environment(task) | {
         "TMPDIR": str(temporary),
@@ -82,7 +84,7 @@ def test_a_run_leaves_nothing(task, temporary, end):
         finally:
             run.end()
     output = log.read_text(errors="replace")
-    assert (status == 0) == (end == "ends"), f"the run ended with {status}: {output[-6000:]}"
+    assert status != 0, f"the run ended with {status}: {output[-6000:]}"
     assert ("this reward function fails" in output) == (end == "fails")
     assert run.left() == {"processes": [], "shm": []}, output[-3000:]
     assert contents(temporary) == before

@@ -27,60 +27,48 @@ def task(tmp_path, tmp_path_factory):
     return folder
 
 
-def test_a_tree_run_validates_trains_saves_and_resumes_into_two_turns(task):
-    """Validation, n > 1, a weight sync a step, a checkpoint, its resumption, and turns that hit the prefix cache."""
+def test_a_tuned_run_validates_trains_saves_and_resumes_into_two_turns(task):
+    """Validation, n > 1, a weight sync a step, a tree and the model-free drafter among which a tuner chooses, a
+    checkpoint, its resumption with what the tuner learnt, and turns that hit the prefix cache.
+    """
+    tuned = (
+        "actor_rollout_ref.rollout.custom.tlt.strategy.arms=['eagle:2x2@5','ngram:3x1@4']",
+        f"{TLT}strategy.tune=true",
+        f"{TLT}drafter.path={task}/drafter",
+    )
     steps, output = run(
-        task,
-        "actor_rollout_ref.rollout.custom.tlt.strategy.arms=['eagle:2x2@5']",
-        f"+actor_rollout_ref.rollout.custom.tlt.drafter.path={task}/drafter",
-        "trainer.total_training_steps=2",
-        "trainer.val_before_train=true",
-        "trainer.save_freq=2",
+        task, *tuned, "trainer.total_training_steps=2", "trainer.val_before_train=true", "trainer.save_freq=2"
     )
     assert [step["training/global_step"] for step in steps] == [1, 2]
     assert_logprobs_agree(steps)
-    assert all(step["tlt/accept_len"] >= 1 and 0 <= step["tlt/accept_rate"] <= 1 for step in steps)
+    drafted = [step for step in steps if "tlt/accept_len" in step]
+    assert drafted and all(step["tlt/accept_len"] >= 1 and 0 <= step["tlt/accept_rate"] <= 1 for step in drafted)
     assert all(step["tlt/tokens_per_s"] > 0 and step["actor/grad_norm"] > 0 for step in steps)
     assert re.search(r"step:0 - val-(core|aux)/tiny/", output), "validation before training did not run"
     assert len(fingerprints(output)) == 3, "one comparison before the first step and one after each update"
-
-    resumed, output = run(
-        task,
-        "trainer.total_training_steps=3",
-        "trainer.resume_mode=auto",
-        f"+actor_rollout_ref.rollout.custom.tlt.drafter.path={task}/drafter",
-        "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
-        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={task}/loops.yaml",
-    )
-    assert [step["training/global_step"] for step in resumed] == [3]
-    assert_logprobs_agree(resumed)
-    assert resumed[0]["num_turns/mean"] == 4
-    assert resumed[0]["tlt/accept_len"] >= 1
-    assert len(fingerprints(output)) == 2
-
-
-def test_a_tuner_chooses_among_strategies_and_what_it_learnt_comes_back(task):
-    tuned = (
-        "actor_rollout_ref.rollout.custom.tlt.strategy.arms=['eagle:2x1@3','ngram:3x1@4']",
-        f"{TLT}strategy.tune=true",
-        f"{TLT}drafter.path={task}/drafter",
-        f"trainer.default_local_dir={task}/tuned",
-    )
-    steps, output = run(task, *tuned, "trainer.total_training_steps=2", "trainer.save_freq=2")
-    assert_logprobs_agree(steps)
     for step in steps:
         shares = [step[f"tlt/draft_share/{drafter}"] for drafter in ("eagle", "ngram", "off")]
         assert sum(shares) == pytest.approx(1.0) and min(shares) >= 0
         chosen = {name: value for name, value in step.items() if name.startswith("tlt/tuner/") and name[10].isdigit()}
         assert chosen and all(0 <= share <= 1 for share in chosen.values())
     assert any(step["tlt/draft_share/off"] < 1 for step in steps), "nothing was ever tried"
-    saved = json.loads((task / "tuned" / "global_step_2" / "tlt_tuners.json").read_text())
+    saved = json.loads((task / "checkpoints" / "global_step_2" / "tlt_tuners.json").read_text())
     assert len(saved) == 1 and saved[0]["best"] and "what the tuners learnt is saved" in output
 
-    resumed, output = run(task, *tuned, "trainer.total_training_steps=3", "trainer.resume_mode=auto")
+    resumed, output = run(
+        task,
+        *tuned,
+        "trainer.total_training_steps=3",
+        "trainer.resume_mode=auto",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=two_turns",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={task}/loops.yaml",
+    )
     assert [step["training/global_step"] for step in resumed] == [3]
     assert "tlt: the tuners go on from" in output and "the tuner begins anew" not in output
     assert_logprobs_agree(resumed)
+    assert resumed[0]["num_turns/mean"] == 4
+    assert resumed[0]["tlt/tokens_per_s"] > 0
+    assert len(fingerprints(output)) == 2
 
 
 def test_two_replicas_serve_a_data_parallel_policy(task):
