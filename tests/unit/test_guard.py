@@ -136,3 +136,23 @@ def test_a_session_dies_with_its_shell(tmp_path, sign):
 def test_a_session_gives_its_commands_status(tmp_path):
     command = [sys.executable, "-S", guard.__file__, "--session", "sh", "-c", "exit 5"]
     assert subprocess.run(command, timeout=LONG_S, check=False).returncode == 5
+
+
+ORPHANS = """
+import os, subprocess, sys, time
+for _ in range(3):
+    subprocess.run(["sh", "-c", "sleep 0.2 & echo $!"], check=True)
+sys.stdout.flush()
+time.sleep(60)
+"""
+
+
+def test_orphans_that_have_ended_are_taken_notice_of(tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, "-S", "-c", ORPHANS]
+        running = guard.start(command, tmp_path / "left", environment=os.environ, stdout=out, stderr=out)
+    until(lambda: (tmp_path / "out").read_text().count("\n") == 3)
+    pids = [int(pid) for pid in (tmp_path / "out").read_text().split()]
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert running.process.poll() is None
+    running.end()
