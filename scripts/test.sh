@@ -2,7 +2,7 @@
 # Lint, types and tests, in the environment that scripts/setup.sh makes.
 #
 #   scripts/test.sh                 everything but the full forms of long tests
-#   scripts/test.sh -m quick        what starts no engine: two minutes
+#   scripts/test.sh -m quick        what starts no engine
 #   scripts/test.sh -m long         the full forms: 20 kills, a million segments, full statistical power in every case
 #   scripts/test.sh [pytest arguments...]     for instance: scripts/test.sh tests/integration/test_tap.py
 #
